@@ -12,8 +12,6 @@ Exit status: 0 when everything agreed, 1 when something did not (the files are k
 from __future__ import annotations
 
 import argparse
-import base64
-import gzip
 import shutil
 import subprocess
 import sys
@@ -23,17 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guest import image
-from guest.agent import Agent, AgentError
-from guest.machine import Disk, GuestError, Machine, MachineError
+from guest.counter import Counter
+from guest.machine import Disk, Machine
+from harness import ControlError, Daemon, DiskSpec
 
 MIB = 1 << 20
 DISK_MIB = 256
-FIRST_BLOCK, BLOCKS = 256, 16384  # the 64 MiB of the disk that the guest's program uses
-PAUSE_US = 1000  # between two steps of the program
-STATE = "/run/count"  # in the guest's memory
+BLOCKS = 16384  # the 64 MiB of the disk that the guest's program uses
+FAILURES = (ControlError, OSError, RuntimeError)
 
 
-class DisagreementError(Exception):
+class DisagreementError(RuntimeError):
     """Something is not as it must be."""
 
 
@@ -64,13 +62,10 @@ class Demo:
         self.folder = folder
         self.checkpoints = checkpoints
         self.interval = interval
-        self.image = folder / "disk.img"
-        self.socket = folder / "disk.sock"
         self.boot = image.build()
-        self.agent = Agent(
-            folder, "--blk-file", self.image, "--socket-path", self.socket, "--arena-size", "256M"
-        )
-        self.disk = Disk(self.socket)
+        self.agent = Daemon(folder, [DiskSpec("disk", DISK_MIB * MIB)], arena="256M")
+        self.disk = Disk(self.agent.socket())
+        self.counter = Counter(blocks=BLOCKS)
         self.machines = 0
         self.vm = self.new_machine()
 
@@ -92,15 +87,14 @@ class Demo:
             self.finish()
         finally:
             self.vm.kill()
-            self.agent.kill()
+            self.agent.close()
         say(f"\nEverything agreed. {time.monotonic() - started:.0f} seconds.")
 
     def start_agent(self) -> None:
         step(1, "The agent starts")
-        with self.image.open("wb") as image:
-            image.truncate(DISK_MIB * MIB)
         self.agent.start()
-        status = self.agent.execute("query-status")
+        self.control = self.agent.control
+        status = self.control.status()
         say(f"   epochd serves a disk of {DISK_MIB} MiB; epoch {status['open']} is open.")
         say(f"   What the guest writes stays in shared memory ({mib(status['arena']['size'])})")
         say("   until its epoch is committed.")
@@ -113,26 +107,8 @@ class Demo:
         queues = self.vm.run("ls /sys/block/vda/mq | wc -l")
         sectors = int(self.vm.run("cat /sys/block/vda/size"))
         say(f"   up in {took:.1f} s; /dev/vda has {mib(sectors * 512)} and {queues} queues.")
-        self.vm.run(
-            f"counter run /dev/vda {STATE} {FIRST_BLOCK} {BLOCKS} {PAUSE_US} >/run/log 2>&1 &"
-        )
-        self.wait_count(1)
+        self.counter.start(self.vm)
         say("   Its program counts in memory and writes each count all over 64 MiB of the disk.")
-
-    def count(self) -> int:
-        """The guest's counter now."""
-        return int(self.vm.run(f"counter status {STATE}").split()[1])
-
-    def wait_count(self, least: int, timeout: float = 60) -> int:
-        """Waits until the guest has counted that far."""
-        deadline = time.monotonic() + timeout
-        while (count := self.count()) < least:
-            if time.monotonic() > deadline:
-                raise DisagreementError(
-                    f"the guest stopped counting at {count}: {self.vm.run('cat /run/log')}"
-                )
-            time.sleep(0.05)
-        return count
 
     def take_checkpoints(self) -> Checkpoint:
         step(3, f"{self.checkpoints} checkpoints: stop, save, seal, continue, commit")
@@ -140,7 +116,7 @@ class Demo:
         last: Checkpoint | None = None
         for number in range(1, self.checkpoints + 1):
             time.sleep(self.interval)
-            self.wait_count(last.count + 20 if last else 20)
+            self.counter.wait(self.vm, last.count + 20 if last else 20)
             checkpoint = self.checkpoint(number, commit=True)
             if last is not None:
                 last.state.unlink()
@@ -151,19 +127,19 @@ class Demo:
     def checkpoint(self, number: int, *, commit: bool) -> Checkpoint:
         """One checkpoint; prints its figures when it is committed."""
         state = self.folder / f"state-{number}"
-        count = self.count()
+        count = self.counter.count(self.vm)
         started = time.monotonic()
         self.vm.stop()
         self.vm.save(state)
         saved = time.monotonic()
-        epoch = self.agent.execute("epoch-seal")["epoch"]
+        epoch = self.control.seal()
         sealed = time.monotonic()
         self.vm.cont()
         resumed = time.monotonic()
         if commit:
-            figures = next(e for e in self.agent.execute("query-epochs") if e["id"] == epoch)
+            figures = next(e for e in self.control.execute("query-epochs") if e["id"] == epoch)
             committing = time.monotonic()
-            committed = self.agent.execute("epoch-commit", epoch=epoch)["committed"]
+            committed = self.control.commit(epoch)
             took = time.monotonic() - committing
             if committed != epoch:
                 raise DisagreementError(f"epoch {epoch} was committed, the agent says {committed}")
@@ -179,8 +155,8 @@ class Demo:
         step(4, "The primary dies while a checkpoint is in transit")
         lost = self.checkpoint(committed.number + 1, commit=False)
         lost.state.unlink()
-        count = self.wait_count(lost.count + 100)
-        status = self.agent.execute("query-status")
+        count = self.counter.wait(self.vm, lost.count + 100)
+        status = self.control.status()
         self.vm.kill()
         say(f"   Epoch {lost.epoch} is sealed, but its state never arrived. The guest went on to")
         say(f"   count {count} in epoch {status['open']}; then QEMU was killed with SIGKILL.")
@@ -190,22 +166,22 @@ class Demo:
     def restore_without_discard(self, checkpoint: Checkpoint) -> None:
         step(5, "Control: restored without discarding, does the guest notice?")
         self.vm = self.new_machine().restore(checkpoint.state)
-        text, status = self.verify()
-        if status != 1 or "MISMATCH" not in text:
-            raise DisagreementError(f"the guest did not notice the newer blocks (status {status})")
+        text, agrees = self.verify()
+        if agrees or "MISMATCH" not in text:
+            raise DisagreementError("the guest did not notice the newer blocks")
         say("   Yes, as it must: the disk is newer than its memory.")
         self.vm.kill()
 
-    def verify(self) -> tuple[str, int]:
+    def verify(self) -> tuple[str, bool]:
         """The guest compares every block with its memory; what it says is printed."""
-        text, status = self.vm.call(f"counter verify /dev/vda {STATE}")
+        text, agrees = self.counter.verify(self.vm)
         for line in text.splitlines():
             say(f"   guest: {line}")
-        return text, status
+        return text, agrees
 
     def must_agree(self) -> None:
-        text, status = self.verify()
-        if status or "AGREES" not in text:
+        text, agrees = self.verify()
+        if not agrees or "AGREES" not in text:
             raise DisagreementError("the guest's disk differs from its memory")
         if errors := self.vm.guest_errors():
             raise DisagreementError(f"the guest's kernel complains: {errors[0]}")
@@ -213,7 +189,7 @@ class Demo:
     def discard(self, checkpoint: Checkpoint) -> None:
         step(6, "The agent discards what was not committed")
         started = time.monotonic()
-        answer = self.agent.execute("epoch-discard")
+        answer = self.control.execute("epoch-discard")
         took = time.monotonic() - started
         if answer["committed"] != checkpoint.epoch:
             raise DisagreementError(f"committed is {answer['committed']}, not {checkpoint.epoch}")
@@ -227,24 +203,20 @@ class Demo:
         self.vm = self.new_machine().restore(checkpoint.state)
         say(f"   running again after {ms(time.monotonic() - started)}.")
         self.must_agree()
-        count = self.wait_count(checkpoint.count + 200)
+        count = self.counter.wait(self.vm, checkpoint.count + 200)
         say(f"   It goes on counting: {count}.")
         self.must_agree()
 
     def finish(self) -> None:
         step(8, "A last commit, and the image file is read without the agent")
-        self.vm.run(f"counter stop {STATE}")
+        self.counter.stop(self.vm)
         memory = self.folder / "memory"
-        packed = self.vm.run(f"gzip -c {STATE} | base64")
-        memory.write_bytes(gzip.decompress(base64.b64decode(packed)))
+        memory.write_bytes(self.counter.memory(self.vm))
         self.vm.kill()
-        self.agent.execute("epoch-seal")
-        self.agent.execute("epoch-commit")
-        self.agent.quit()
-        counter = self.boot.counter
-        done = subprocess.run(
-            [counter, "verify", self.image, memory], capture_output=True, text=True, check=False
-        )
+        self.control.checkpoint()
+        self.agent.stop("quit")
+        command = [str(self.boot.counter), "verify", str(self.agent.image()), str(memory)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         for line in (done.stdout + done.stderr).splitlines():
             say(f"   host: {line}")
         if done.returncode:
@@ -283,7 +255,7 @@ def main() -> int:
     folder = (chosen.keep or Path(tempfile.mkdtemp(prefix="epochd-demo."))).resolve()
     try:
         Demo(folder, chosen.checkpoints, chosen.interval).run()
-    except (DisagreementError, AgentError, GuestError, MachineError) as error:
+    except FAILURES as error:
         say(f"\nFAILED: {error}\nThe files are in {folder}")
         return 1
     if not chosen.keep:

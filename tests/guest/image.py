@@ -1,8 +1,8 @@
 """The guest: Debian's cloud kernel and an initramfs built for it.
 
 The kernel and busybox are taken from the unpacked Debian packages that tools/setup leaves
-under `.cache/guest/root`; the e2fsprogs programs come from this machine, with their
-libraries. The result is cached beside them under a name that is a hash of every input.
+under `.cache/guest/root`; the programs of e2fsprogs and util-linux come from this machine,
+with their libraries. The result is cached beside them under a name that is a hash of every input.
 
 Errors: FileNotFoundError when a part is missing, with the command that brings it.
 Not done here: nothing is installed and nothing is fetched.
@@ -32,7 +32,7 @@ MODULES = (
     "drivers/virtio/virtio_pci.ko",
     "drivers/block/virtio_blk.ko",
 )
-HOST_PROGRAMS = ("mke2fs", "e2fsck")
+HOST_PROGRAMS = ("mke2fs", "e2fsck", "blkdiscard")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _one(pattern: str) -> Path:
 def _host_program(name: str) -> Path:
     path = shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
     if path is None:
-        raise FileNotFoundError(f"{name} is missing: install the Debian package e2fsprogs")
+        raise FileNotFoundError(f"{name} is missing: run tools/setup")
     return Path(path)
 
 
@@ -127,6 +127,4 @@ def build() -> Boot:
                 _populate(built / "tree", files)
                 _archive(built / "tree", built / "initramfs.cpio")
                 built.rename(done)
-    return Boot(
-        _one("boot/vmlinuz-*"), done / "initramfs.cpio", done / "tree" / "bin" / "counter"
-    )
+    return Boot(_one("boot/vmlinuz-*"), done / "initramfs.cpio", done / "tree" / "bin" / "counter")

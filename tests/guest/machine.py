@@ -22,8 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from frontend import DEADLINE_S
+from harness import Control, listens, until
+
 from .image import Boot
-from .qmp import Qmp
 
 QEMU = os.environ.get("EPOCHD_QEMU", "qemu-system-x86_64")
 CPU_SECONDS_MAX = 1200  # a machine that was forgotten ends by itself
@@ -58,6 +60,7 @@ class Machine:
     memory_mib: int = 128
     cpus: int = 2
     extra: list[str] = field(default_factory=list)
+    errors_expected: bool = False
 
     def __post_init__(self) -> None:
         self.console = self.folder / f"{self.name}.console"
@@ -67,7 +70,7 @@ class Machine:
         self._commands = 0
         self._shell: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
-        self.qmp: Qmp
+        self._monitor: Control | None = None
 
     def command_line(self) -> list[str]:
         """The QEMU command as it is run, for a machine that boots."""
@@ -97,13 +100,28 @@ class Machine:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*guard, *self.command_line(), *more],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         try:
-            self.qmp = Qmp(self._monitor_path)
+            until("QEMU's monitor", self._came_up)
+            self._monitor = Control(self._monitor_path)
         except Exception as error:
             self.kill()
             raise MachineError(f"QEMU did not start: {self._log_end(self.log)}") from error
+
+    def _came_up(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise MachineError("it ended")
+        return listens(self._monitor_path) and listens(self._shell_path)
+
+    @property
+    def monitor(self) -> Control:
+        """QEMU's monitor, while QEMU runs."""
+        assert self._monitor is not None, "the machine is not running"
+        return self._monitor
 
     def start(self, timeout: float = 90) -> Self:
         """Boots the guest and waits until its shell answers."""
@@ -131,7 +149,7 @@ class Machine:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             try:
-                info: dict[str, Any] = self.qmp.execute("query-migrate")
+                info: dict[str, Any] = self.monitor.execute("query-migrate")
             except Exception as error:
                 raise MachineError(f"{what}: QEMU ended: {self._log_end(self.log)}") from error
             if info.get("status") == "completed":
@@ -147,18 +165,17 @@ class Machine:
         A machine that runs is migrated live, as far as that goes, and stopped at the end.
         Returns the answer of `query-migrate`.
         """
-        limits = {"max-bandwidth": 1 << 34, "downtime-limit": 500}
-        self.qmp.execute("migrate-set-parameters", limits)
-        self.qmp.execute("migrate", {"uri": f"exec:cat > {state}"})
+        self.monitor.execute("migrate-set-parameters", max_bandwidth=1 << 34, downtime_limit=100)
+        self.monitor.execute("migrate", uri=f"exec:cat > {state}")
         return self._wait_migration("save")
 
     def stop(self) -> None:
         """Pauses the vCPUs and the devices."""
-        self.qmp.execute("stop")
+        self.monitor.execute("stop")
 
     def cont(self) -> None:
         """Lets the machine run on."""
-        self.qmp.execute("cont")
+        self.monitor.execute("cont")
 
     def run(self, command: str, *, timeout: float = 60, check: bool = True) -> str:
         """Runs one shell line in the guest and returns its output (both streams).
@@ -222,13 +239,14 @@ class Machine:
             return
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
-        self.process.wait(timeout=30)
+        self.process.wait(DEADLINE_S)
         self.process = None
         if self._shell is not None:
             self._shell.close()
             self._shell = None
-        if hasattr(self, "qmp"):
-            self.qmp.close()
+        if self._monitor is not None:
+            monitor, self._monitor = self._monitor, None
+            monitor.close()
 
     def __enter__(self) -> Self:
         return self
