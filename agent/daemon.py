@@ -1,0 +1,180 @@
+"""Life cycle of the agent: start in order, serve, stop in the opposite order.
+
+Contract. run() returns when the agent was asked to stop, or raises an EpochdError; either
+way everything taken is given back. Start and restart are one path: nothing here depends on
+how the last run ended.
+
+Start: images and locks, journal, arena, recovery, reactor, control socket, disk sockets. The
+sockets come last, so whoever can connect is served. Stop: disk sockets, front ends, reactor
+(committed epochs go into the images), control socket. Uncommitted epochs stay in the arena.
+"""
+
+import asyncio
+import logging
+import resource
+import signal
+import time
+from contextlib import ExitStack
+
+from . import __version__, control, core, qmp, storage, vhost_messages
+from .config import Config
+from .errors import EpochdError
+from .listener import Listener, adopt
+from .port import Port
+from .vhost import Disk
+
+log = logging.getLogger("epochd")
+
+
+class RuntimeFailure(EpochdError):
+    """{}: {}"""
+
+
+def _raise_descriptor_limit() -> None:
+    """Every ring has up to three descriptors: a full group needs more than the usual 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Daemon:
+    """One agent: a group, its control server and its ports."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._disk_names = [disk.name for disk in config.disks]
+        self._ports: list[Port] = []
+        self._server: qmp.Server | None = None
+        self._stop_asked = asyncio.Event()
+        self._hurry_asked = asyncio.Event()
+        self._reason = ""
+
+    async def run(self) -> None:
+        """Serve until a signal or `quit`; EpochdError when start or stop fails."""
+        self._watch_signals()
+        with ExitStack() as stack:
+            group = storage.open_group(self._config, self._core_event)
+            stack.callback(group.close)
+            self._start(group)
+            for port in self._ports:
+                stack.callback(port.close)
+            self._server = qmp.Server(
+                control.Control(self._config, group, self._ports, self._quit).commands()
+            )
+            await self._server.listen(Listener.bind(self._config.control))
+            try:
+                self._open_ports()
+                log.info(
+                    "epochd %s serves group %s (%s): %d disk(s), control socket %s",
+                    __version__, self._config.name, group.id, len(self._ports),
+                    self._config.control,
+                )
+                await self._stop_asked.wait()
+                await self._stop(group)
+            finally:
+                await self._server.close()
+
+    # Start.
+
+    def _start(self, group: storage.Group) -> None:
+        try:
+            group.core.start()
+        except core.CoreError as error:
+            raise RuntimeFailure("the core cannot start", error) from None
+        for index, image in enumerate(group.images):
+            disk = Disk(
+                index=index,
+                name=image.config.name,
+                features=vhost_messages.device_features(image.config.read_only),
+                config_space=vhost_messages.blk_config(
+                    image.size_bytes, image.logical_block_bytes, image.config.read_only
+                ),
+            )
+            self._ports.append(Port(group.core, disk, self._client_event))
+
+    def _open_ports(self) -> None:
+        for port, disk in zip(self._ports, self._config.disks, strict=True):
+            if disk.socket is not None:
+                port.listen(Listener.bind(disk.socket))
+            elif disk.fd is not None:
+                sock, listening = adopt(disk.fd)
+                if listening:
+                    port.listen(Listener(sock, None))
+                else:
+                    port.connect(sock)
+
+    def _watch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self._stop_asked.is_set():
+            log.warning("%s again: not waiting for the images", number.name)
+            self._hurry_asked.set()
+        self._ask_stop(number.name)
+
+    def _quit(self) -> None:
+        self._ask_stop("quit")
+
+    def _ask_stop(self, reason: str) -> None:
+        if not self._stop_asked.is_set():
+            self._reason = reason
+            self._stop_asked.set()
+
+    # Stop.
+
+    async def _stop(self, group: storage.Group) -> None:
+        log.info("stopping (%s)", self._reason)
+        self._emit("SHUTDOWN", {"reason": self._reason})
+        work = asyncio.create_task(self._stop_cleanly(group))
+        hurry = asyncio.create_task(self._hurry_asked.wait())
+        await asyncio.wait({work, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})
+            log.warning("stopped without waiting; the journal and arena keep everything")
+            return
+        work.result()
+
+    async def _stop_cleanly(self, group: storage.Group) -> None:
+        await asyncio.gather(*(port.stop() for port in self._ports))
+        begin = time.monotonic()
+        try:
+            await group.core.stop()
+        except core.CoreError as error:
+            raise RuntimeFailure("committed epochs are not all in the images", error) from None
+        log.info("images are up to date (%.1f ms)", (time.monotonic() - begin) * 1e3)
+        if not group.release_arena():
+            log.info("uncommitted epochs stay in /dev/shm%s for the next start", group.arena.name)
+
+    # Events.
+
+    def _emit(self, name: str, data: dict[str, object]) -> None:
+        if self._server is not None:
+            self._server.emit(name, data)
+
+    def _client_event(self, disk: Disk, connected: bool) -> None:
+        self._emit("CLIENT_CONNECTED" if connected else "CLIENT_DISCONNECTED", {"disk": disk.name})
+
+    def _core_event(self, event: core.Event) -> None:
+        """Logs, sessions to end, and what controllers want to know."""
+        kind = core.EventType
+        if event.type == kind.LOG:
+            log.log(event.value, "%s", event.text)
+        elif event.type == kind.RING_BROKEN:
+            log.error("disk %s: queue %d is broken and stopped: %s",
+                      self._disk_names[event.disk], event.value, event.text)
+        elif event.type == kind.MEMORY_LOST:
+            self._ports[event.disk].drop("its guest memory vanished (SIGBUS)")
+        elif event.type == kind.IO_ERROR:
+            log.error("%s", event.text)
+        if (message := control.event_message(event, self._disk_names)) is not None:
+            self._emit(*message)
+
+
+async def run(config: Config) -> None:
+    """Run the agent described by `config` until it is asked to stop; EpochdError."""
+    _raise_descriptor_limit()
+    await Daemon(config).run()

@@ -1,0 +1,284 @@
+"""What a consistency group keeps: images, journal, arena; and the core opened on them.
+
+Contract: open_group() acquires in a fixed order (images and their locks, journal and its
+lock, arena, recovery by the core) and on any failure lets go of everything it took, naming
+the step (errors.py). Group owns all of it until close(). The arena's shared memory stays
+when the agent goes, cleanly or not, unless release_arena() finds that it holds nothing.
+
+The arena is allocated in full before use: a page that shared memory could not provide later
+would kill the process with SIGBUS in the middle of a write.
+"""
+
+import errno
+import logging
+import os
+import stat
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import posix_ipc
+
+from . import core, locks
+from .config import Config
+from .errors import (
+    ArenaError,
+    ArenaTooLarge,
+    JournalError,
+    JournalInUse,
+    JournalSpaceError,
+    RecoveryError,
+)
+from .images import Image, close_images, open_images
+
+log = logging.getLogger("epochd.storage")
+
+SHM_DIR = Path("/dev/shm")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+WORKERS_MAX = 4
+
+
+@dataclass
+class Journal:
+    """The open and locked journal file."""
+
+    path: Path
+    fd: int
+    direct: bool
+    created: bool
+    size_bytes: int
+
+
+@dataclass
+class Arena:
+    """The shared-memory object, allocated in full; `name` begins with a slash."""
+
+    name: str
+    fd: int
+    size_bytes: int
+    created: bool
+
+    def abandon(self) -> None:
+        """Close it after a failed start; one that we just created goes away again."""
+        os.close(self.fd)
+        if self.created:
+            posix_ipc.unlink_shared_memory(self.name)
+
+
+def _open_journal_file(path: Path, create: bool) -> tuple[int, bool]:
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o600), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    log.warning("journal %s: buffered, because the file system refuses O_DIRECT", path)
+    # A refused O_DIRECT may leave the new file behind.
+    return os.open(path, flags & ~os.O_EXCL, 0o600), False
+
+
+def _allocate_journal(journal: Journal) -> None:
+    """Give a new journal its blocks now: a commit must not find the disk full later."""
+    try:
+        os.posix_fallocate(journal.fd, 0, journal.size_bytes)
+        os.fsync(journal.fd)
+        folder = os.open(journal.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        # Nothing is in it yet; a half-sized file would only be in the way.
+        journal.path.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise JournalSpaceError(journal.path, journal.size_bytes, error.strerror) from None
+        raise JournalError(journal.path, f"cannot be allocated: {error.strerror}") from None
+
+
+def open_journal(path: Path, size_bytes: int) -> Journal:
+    """Open the journal at `path`, or create it with `size_bytes`; lock it for us alone.
+
+    An existing file keeps its size. JournalError and its kin.
+    """
+    try:
+        exists = path.exists()
+        if exists and not stat.S_ISREG(path.stat().st_mode):
+            raise JournalError(path, "is not a regular file")
+        fd, direct = _open_journal_file(path, create=not exists)
+    except FileNotFoundError:
+        raise JournalError(path, "its folder does not exist; see --state-dir") from None
+    except OSError as error:
+        raise JournalError(path, f"cannot be opened: {error.strerror}") from None
+    journal = Journal(path, fd, direct, False, os.fstat(fd).st_size)
+    try:
+        try:
+            locks.lock_exclusive(fd)
+        except locks.LockConflict:
+            raise JournalInUse(path) from None
+        os.fchmod(fd, 0o600)
+        if journal.size_bytes == 0:
+            journal.created, journal.size_bytes = True, size_bytes
+            _allocate_journal(journal)
+    except OSError as error:
+        os.close(fd)
+        raise JournalError(path, f"cannot be used: {error.strerror}") from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return journal
+
+
+def check_arena_room(size_bytes: int, name: str = "") -> None:
+    """ArenaTooLarge when the arena cannot fit into memory, before any of it is taken.
+
+    `name`: an object that may exist and have some of it already.
+    """
+    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size_bytes > ram:
+        raise ArenaTooLarge(size_bytes, "this machine's memory", ram)
+    have = 0
+    if name:
+        have = os.stat(f"{SHM_DIR}{name}").st_blocks * 512
+    space = os.statvfs(SHM_DIR)
+    free = space.f_bavail * space.f_frsize + have
+    if size_bytes > free:
+        raise ArenaTooLarge(size_bytes, f"what is free in {SHM_DIR}", free)
+
+
+def _open_shared_memory(name: str) -> tuple[int, int]:
+    """Reattach or create; return (fd, current size in bytes, 0 when new)."""
+    try:
+        memory = posix_ipc.SharedMemory(name, flags=posix_ipc.O_CREAT, mode=0o600, size=0)
+    except (posix_ipc.Error, OSError) as error:
+        raise ArenaError(name, f"cannot be opened: {error}") from None
+    status = os.fstat(memory.fd)
+    if status.st_uid != os.geteuid():
+        memory.close_fd()
+        raise ArenaError(name, f"belongs to user {status.st_uid}; remove it or run as that user")
+    os.fchmod(memory.fd, 0o600)
+    return memory.fd, status.st_size
+
+
+def open_arena(group: bytes, size_bytes: int) -> Arena:
+    """Reattach the arena of `group` (16 bytes) or create it; allocate it in full.
+
+    An arena that exists keeps its size: it may hold epochs. ArenaError, ArenaTooLarge.
+    """
+    name = f"/epochd-{group.hex()[:16]}"
+    fd, existing = _open_shared_memory(name)
+    if existing not in (0, size_bytes):
+        log.warning(
+            "arena /dev/shm%s: keeps its size of %d bytes instead of %d, because it is left "
+            "from before; a clean stop with nothing uncommitted removes it",
+            name, existing, size_bytes,
+        )
+    arena = Arena(name, fd, existing or size_bytes, created=existing == 0)
+    try:
+        check_arena_room(arena.size_bytes, name)
+        os.posix_fallocate(fd, 0, arena.size_bytes)
+    except OSError as error:
+        arena.abandon()
+        raise ArenaError(name, f"cannot be allocated: {error.strerror}") from None
+    except BaseException:
+        arena.abandon()
+        raise
+    return arena
+
+
+class Group:
+    """Images, journal, arena and the core on top; close() lets go of all."""
+
+    def __init__(self, images: list[Image], journal: Journal, arena: Arena, group: bytes,
+                 opened: core.Core) -> None:
+        self.images = images
+        self.journal = journal
+        self.arena = arena
+        self.id = uuid.UUID(bytes=group)
+        self.core = opened
+
+    def release_arena(self) -> bool:
+        """After a clean stop: unlink the arena if it holds nothing; True when unlinked."""
+        if not self.core.arena_idle():
+            return False
+        posix_ipc.unlink_shared_memory(self.arena.name)
+        return True
+
+    def close(self) -> None:
+        """Close the core first, then what it worked on."""
+        self.core.close()
+        os.close(self.arena.fd)
+        os.close(self.journal.fd)
+        close_images(self.images)
+
+
+def _setup(config: Config, images: list[Image], journal: Journal) -> core.GroupSetup:
+    cpus = len(os.sched_getaffinity(0))
+    return core.GroupSetup(
+        disks=[image.setup() for image in images],
+        workers=max(1, min(WORKERS_MAX, cpus - 1)),
+        journal_fd=journal.fd,
+        journal_direct=journal.direct,
+        arena_fd=-1,
+        arena_bytes=config.arena_bytes,
+        compress_level=config.compress_level,
+        spin_us=config.spin_us,
+        boot_id=uuid.UUID(BOOT_ID.read_text(encoding="ascii").strip()).bytes,
+    )
+
+
+def _journal_bytes(config: Config) -> int:
+    least = core.journal_bytes_min(config.arena_bytes)
+    if config.journal_bytes is None:
+        return max(2 * config.arena_bytes, least)
+    if config.journal_bytes < least:
+        raise JournalError(
+            config.journal_path,
+            f"{config.journal_bytes} bytes are too few: an arena of {config.arena_bytes} "
+            f"bytes needs a --journal-size of at least {least}",
+        )
+    return config.journal_bytes
+
+
+def _identify(journal: Journal, setup: core.GroupSetup) -> bytes:
+    """Return the group's identity; a new journal is formatted with a fresh one."""
+    try:
+        info = core.journal_inspect(journal.fd)
+        if info.formatted:
+            return info.group
+        group = uuid.uuid4().bytes
+        core.journal_format(setup, group)
+    except core.CoreError as error:
+        raise JournalError(journal.path, error) from None
+    log.info("journal %s: created, %d bytes", journal.path, journal.size_bytes)
+    return group
+
+
+def open_group(config: Config, on_event: Callable[[core.Event], None]) -> Group:
+    """Open everything and recover; nothing serves yet (Core.start() begins that)."""
+    images = open_images(config.disks)
+    try:
+        wanted = _journal_bytes(config)
+        if not config.journal_path.exists():
+            check_arena_room(config.arena_bytes)  # else a huge journal would come first
+        journal = open_journal(config.journal_path, wanted)
+        try:
+            if config.journal_bytes not in (None, journal.size_bytes):
+                log.warning("journal %s: keeps its size of %d bytes instead of %d",
+                            journal.path, journal.size_bytes, wanted)
+            setup = _setup(config, images, journal)
+            group = _identify(journal, setup)
+            arena = open_arena(group, config.arena_bytes)
+            try:
+                setup = replace(setup, arena_fd=arena.fd, arena_bytes=arena.size_bytes)
+                opened = core.Core(setup, on_event)
+            except core.CoreError as error:
+                arena.abandon()
+                raise RecoveryError(config.name, error) from None
+            return Group(images, journal, arena, group, opened)
+        except BaseException:
+            os.close(journal.fd)
+            raise
+    except BaseException:
+        close_images(images)
+        raise
