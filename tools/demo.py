@@ -194,8 +194,10 @@ class Demo:
         if answer["committed"] != checkpoint.epoch:
             raise DisagreementError(f"committed is {answer['committed']}, not {checkpoint.epoch}")
         names = ", ".join(str(epoch) for epoch in answer["discarded"])
-        say(f"   epochs {names} are gone, in {ms(took, 2)}; the disk is that of epoch"
-            f" {checkpoint.epoch}.")
+        say(
+            f"   epochs {names} are gone, in {ms(took, 2)}; the disk is that of epoch"
+            f" {checkpoint.epoch}."
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         step(7, f"The guest is restored from checkpoint {checkpoint.number}, on the same agent")
@@ -256,7 +258,7 @@ def main() -> int:
     try:
         Demo(folder, chosen.checkpoints, chosen.interval).run()
     except FAILURES as error:
-        say(f"\nFAILED: {error}\nThe files are in {folder}")
+        say(f"\nFAILED: {type(error).__name__}: {error}\nThe files are in {folder}")
         return 1
     if not chosen.keep:
         shutil.rmtree(folder)

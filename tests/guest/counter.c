@@ -88,13 +88,15 @@ static void block_fill(struct block *b, uint64_t count, uint64_t position)
 /* Says what is wrong with `found`; 0 when it is exactly what memory expects. */
 static int block_check(struct state *s, uint64_t index, const struct block *found)
 {
+    static int told;
     struct block expected;
     uint64_t position = s->first + index;
 
     block_fill(&expected, s->expect[index], position);
     if (memcmp(&expected, found, BLOCK) == 0)
         return 0;
-    if (s->mismatches++ < 3)
+    s->mismatches++;
+    if (told++ < 3)
         printf("block %llu: memory says count %llu, disk holds %s %llu\n",
                (unsigned long long)position, (unsigned long long)s->expect[index],
                found->magic == MAGIC ? "count" : "something else,",

@@ -36,9 +36,7 @@ def test_four_processors_use_four_queues_at_once(
     daemon = epochd(arena="64M")
     vm = machine(daemon, cpus=4).start()
     assert len(vm.run("ls /sys/block/vda/mq").split()) == 4
-    counters = [
-        Counter(name=f"count{cpu}", first=cpu * 4096, blocks=2048) for cpu in range(4)
-    ]
+    counters = [Counter(name=f"count{cpu}", first=cpu * 4096, blocks=2048) for cpu in range(4)]
     for cpu, counter in enumerate(counters):
         counter.start(vm, cpu)
     for _ in range(3):

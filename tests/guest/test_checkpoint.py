@@ -20,8 +20,12 @@ def test_the_demo_tells_its_story_and_all_agrees(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--checkpoints", "3"]
     command += ["--interval", "0.2", "--keep", str(tmp_path / "demo")]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True, text=True, check=False, timeout=280,
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("MISMATCH") == 1

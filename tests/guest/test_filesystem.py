@@ -86,7 +86,7 @@ def test_discarded_and_zeroed_ranges_read_as_zeroes(
     vm.run("dd if=/dev/urandom of=/dev/vda bs=64k count=64 oflag=direct status=none")
     kept = vm.run(read.format(32))
     daemon.control.checkpoint()
-    vm.run("blkdiscard -o 0 -l 1M /dev/vda && blkdiscard -z -o 1M -l 1M /dev/vda")
+    vm.run("blkdiscard -o 0 -l 1M /dev/vda && /sbin/blkdiscard -z -o 1M -l 1M /dev/vda")
     for _ in ("in the open epoch", "in the image"):
         assert vm.run(read.format(0)) == vm.run(zeroes)
         assert vm.run(read.format(16)) == vm.run(zeroes)
