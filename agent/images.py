@@ -150,9 +150,12 @@ def _inspect(path: Path) -> os.stat_result:
 
 
 def _lock(path: Path, fd: int, read_only: bool) -> None:
-    held = locks.CONSISTENT_READ if read_only else locks.CONSISTENT_READ | locks.WRITE
+    held, unshared = locks.CONSISTENT_READ, locks.WRITE | locks.RESIZE
+    if not read_only:
+        # While epochs are applied the image is of no point in time: nobody may rely on it.
+        held, unshared = held | locks.WRITE, unshared | locks.CONSISTENT_READ
     try:
-        locks.lock_image(fd, held, locks.WRITE | locks.RESIZE)
+        locks.lock_image(fd, held, unshared)
     except locks.LockConflict as conflict:
         raise ImageInUse(path, conflict) from None
     except OSError as error:
