@@ -93,6 +93,6 @@ def test_discarded_and_zeroed_ranges_read_as_zeroes(
         assert vm.run(read.format(32)) == kept
         daemon.control.checkpoint()
         daemon.control.wait_applied()
-    info = daemon.control.disks()[0]
+    info = daemon.control.disks()[0]["stats"]
     assert info["discards"] > 0
     assert info["write-zeroes"] > 0

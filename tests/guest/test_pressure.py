@@ -19,11 +19,17 @@ def test_a_full_arena_holds_the_guest_and_a_commit_lets_it_go_on(
         "(dd if=/run/data of=/dev/vda bs=256k oflag=direct status=none; echo $? > /run/done)"
         " >/dev/null 2>&1 &"
     )
+
+    def written() -> int:
+        return int(daemon.control.disks()[0]["stats"]["write-bytes"])
+
     for _ in range(2):  # 24 MiB of noise do not fit into 8 MiB, nor into twice that
-        until("writes to be held", lambda: daemon.control.disks()[0]["held"] > 0)
-        daemon.control.wait_event("ARENA_PRESSURE")
+        until("writes to be held", lambda: daemon.control.status()["held"] > 0)
         assert vm.run("ls /run/done", check=False) != "/run/done"
+        before = written()
         daemon.control.checkpoint()
+        until("the guest to write more", lambda: written() > before)
+    daemon.control.wait_event("ARENA_PRESSURE", where=lambda data: data["held"])
 
     def finished() -> bool:
         daemon.control.checkpoint()
