@@ -404,8 +404,11 @@ class Daemon:
 
     def queue_info(self, queue: int = 0, disk: int = 0) -> dict[str, Any]:
         """One queue's part of `query-disks`."""
-        info: dict[str, Any] = self.disk_info(disk)["queues"][queue]
-        return info
+        for info in self.disk_info(disk)["queues"]:
+            if info["queue"] == queue:
+                found: dict[str, Any] = info
+                return found
+        raise LookupError(f"query-disks shows no queue {queue} of disk {disk}")
 
     def wait_broken(self, queue: int = 0, disk: int = 0) -> str:
         """Wait until a ring is broken and return the reason."""

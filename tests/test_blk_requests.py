@@ -340,7 +340,7 @@ def test_statistics_count_requests_by_kind(agent: Daemon, attach: Attach) -> Non
     disk.get_id()
     disk.request(99)
     disk.request(Type.IN, SECTORS, room=512)
-    counted = agent.disk_info()
+    counted = agent.disk_info()["stats"]
     assert counted["writes"] == 2
     assert counted["write-bytes"] == 8704
     assert counted["reads"] >= 1
@@ -348,5 +348,6 @@ def test_statistics_count_requests_by_kind(agent: Daemon, attach: Attach) -> Non
     assert counted["flushes"] == 1
     assert counted["discards"] == 1
     assert counted["write-zeroes"] == 1
+    assert counted["get-ids"] == 1
     assert counted["unsupported"] == 1
     assert counted["errors"] == 1

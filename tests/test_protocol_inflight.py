@@ -20,7 +20,7 @@ FULL = Layout(indirect=0)
 def fill_arena(disk: Disk, daemon: Daemon) -> int:
     """Write incompressible blocks until writes are held; returns the sector behind them."""
     sector = 0
-    while not daemon.control.status()["held-requests"]:
+    while not daemon.control.status()["held"]:
         disk.submit(Type.OUT, sector, os.urandom(65536), layout=FULL)
         disk.reap()
         sector += 128
@@ -92,7 +92,7 @@ def test_requests_in_flight_are_marked_in_their_order(epochd: StartDaemon, attac
     assert disk.inflight is not None
     fill_arena(disk, daemon)
     late = [disk.submit(Type.OUT, 0, os.urandom(4096), layout=FULL) for _ in range(4)]
-    until("the writes to be held", lambda: daemon.control.status()["held-requests"] >= 4)
+    until("the writes to be held", lambda: daemon.control.status()["held"] >= 4)
     disk.reap()
     heads = disk.inflight.queue(0).heads()
     waiting = [request.head for request in disk.requests.values()]
@@ -108,7 +108,7 @@ def test_held_writes_are_finished_by_the_next_agent(
     disk = attach(daemon, inflight=True)
     fill_arena(disk, daemon)
     mine = [disk.submit(Type.OUT, 100_000 + i, bytes([i + 1]) * 512) for i in range(8)]
-    until("the writes to be held", lambda: daemon.control.status()["held-requests"] >= 8)
+    until("the writes to be held", lambda: daemon.control.status()["held"] >= 8)
     daemon.stop(how)
     with pytest.raises(HungUp):
         disk.wait(*mine)
