@@ -112,11 +112,9 @@ class Demo:
 
     def take_checkpoints(self) -> Checkpoint:
         step(3, f"{self.checkpoints} checkpoints: stop, save, seal, continue, commit")
-        say("   The seal column is what the controller waits, then what the agent needs of it.")
+        say("   VM paused = save (a full copy of its memory) + seal, as the controller sees it.")
         say("")
-        say(
-            "   epoch   count   written   journal  ratio   VM paused    save    seal           commit"
-        )
+        say("   epoch   count   written   journal  ratio  VM paused    save    seal   commit")
         last: Checkpoint | None = None
         for number in range(1, self.checkpoints + 1):
             time.sleep(self.interval)
@@ -125,6 +123,8 @@ class Demo:
             if last is not None:
                 last.state.unlink()
             last = checkpoint
+        seal_us = self.stats()["seal-ns-last"] / 1000
+        say(f"   Of a seal's time the agent itself needed {seal_us:.0f} us.")
         assert last is not None
         return last
 
@@ -141,13 +141,11 @@ class Demo:
         self.vm.cont()
         resumed = time.monotonic()
         if commit:
-            sealed_ns = self.stats()["seal-ns-last"]
             took, logical, stored = self.commit(epoch)
             say(
                 f"   {epoch:5} {count:7} {mib(logical):>9} {mib(stored):>9}"
-                f" {logical / max(stored, 1):6.1f} {ms(resumed - started):>11}"
-                f" {ms(saved - started):>7} {ms(sealed - saved, 1):>7}"
-                f" {sealed_ns / 1000:>6.0f} us {ms(took):>7}"
+                f" {logical / max(stored, 1):6.1f} {ms(resumed - started):>10}"
+                f" {ms(saved - started):>7} {ms(sealed - saved, 1):>7} {ms(took):>8}"
             )
         return Checkpoint(number, epoch, state, count)
 

@@ -28,7 +28,7 @@ def test_a_full_arena_holds_the_guest_and_a_commit_lets_it_go_on(
         assert vm.run("ls /run/done", check=False) != "/run/done"
         before = written()
         daemon.control.checkpoint()
-        until("the guest to write more", lambda: written() > before)
+        until("the guest to write more", lambda before=before: written() > before)
     daemon.control.wait_event("ARENA_PRESSURE", where=lambda data: data["held"])
 
     def finished() -> bool:
