@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from conftest import StartDaemon
 from harness import until
 
@@ -23,12 +25,15 @@ def test_a_full_arena_holds_the_guest_and_a_commit_lets_it_go_on(
     def written() -> int:
         return int(daemon.control.disks()[0]["stats"]["write-bytes"])
 
+    def written_since(before: int) -> Callable[[], bool]:
+        return lambda: written() > before
+
     for _ in range(2):  # 24 MiB of noise do not fit into 8 MiB, nor into twice that
         until("writes to be held", lambda: daemon.control.status()["held"] > 0)
         assert vm.run("ls /run/done", check=False) != "/run/done"
         before = written()
         daemon.control.checkpoint()
-        until("the guest to write more", lambda before=before: written() > before)
+        until("the guest to write more", written_since(before))
     daemon.control.wait_event("ARENA_PRESSURE", where=lambda data: data["held"])
 
     def finished() -> bool:
