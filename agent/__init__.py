@@ -5,6 +5,10 @@ journal and disk are the C core behind `core`. Python never touches guest memory
 parses a message.
 """
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-__version__: str = _version("epochd")
+try:
+    __version__: str = _version("epochd")
+except _PackageNotFoundError:  # installed by plain meson, which keeps no metadata
+    __version__ = "0+unknown"
