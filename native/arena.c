@@ -1,0 +1,171 @@
+/* arena.c - see arena.h. */
+#include "arena.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "core.h"
+
+static uint32_t data_offset_for(uint64_t bytes)
+{
+    uint64_t segments = bytes / SEGMENT_BYTES;
+
+    return (uint32_t)page_round_up(PAGE + segments * sizeof(struct segment_desc));
+}
+
+static int refuse(char *text, int error, const char *why)
+{
+    snprintf(text, CORE_TEXT_MAX, "arena: %s", why);
+    return error;
+}
+
+static int check_header(const struct arena_header *h, uint64_t bytes, const uint8_t group[16],
+                        const uint8_t boot_id[16], char *text)
+{
+    if (h->magic != ARENA_MAGIC)
+        return refuse(text, -EINVAL, "the shared memory holds something else than an arena");
+    if (h->version != ARENA_VERSION || h->segment_bytes != SEGMENT_BYTES) {
+        snprintf(text, CORE_TEXT_MAX,
+                 "arena: layout version %u with %u-byte segments, this agent reads version %u "
+                 "with %u; stop it with the agent that wrote it, or remove it from /dev/shm "
+                 "to give up what is not committed", h->version, h->segment_bytes,
+                 ARENA_VERSION, SEGMENT_BYTES);
+        return -EINVAL;
+    }
+    if (memcmp(h->group, group, 16) != 0)
+        return refuse(text, -EINVAL, "it belongs to another consistency group");
+    if (memcmp(h->boot_id, boot_id, 16) != 0)
+        return refuse(text, -EINVAL, "it is of another boot of this host; remove it from "
+                                     "/dev/shm, what was not committed is gone");
+    if (h->arena_bytes != bytes || h->data_offset != data_offset_for(bytes) ||
+        h->segments != (bytes - h->data_offset) / SEGMENT_BYTES)
+        return refuse(text, -EINVAL, "its header does not fit its size");
+    return 0;
+}
+
+int arena_attach(struct arena *a, int fd, uint64_t bytes, const uint8_t group[16],
+                 const uint8_t boot_id[16], bool *fresh, char *text)
+{
+    void *base;
+    int error;
+
+    memset(a, 0, sizeof(*a));
+    base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (base == MAP_FAILED) {
+        error = -errno;
+        snprintf(text, CORE_TEXT_MAX, "arena: cannot map %llu bytes: %s",
+                 (unsigned long long)bytes, strerror(-error));
+        return error;
+    }
+    madvise(base, bytes, MADV_HUGEPAGE); /* where shmem_enabled allows it; no harm elsewhere */
+    a->header = base;
+    a->bytes = bytes;
+    *fresh = a->header->magic == 0;
+    if (*fresh) {
+        a->header->version = ARENA_VERSION;
+        a->header->segment_bytes = SEGMENT_BYTES;
+        a->header->arena_bytes = bytes;
+        a->header->data_offset = data_offset_for(bytes);
+        a->header->segments = (uint32_t)((bytes - a->header->data_offset) / SEGMENT_BYTES);
+        memcpy(a->header->group, group, 16);
+        memcpy(a->header->boot_id, boot_id, 16);
+        /* An agent that died while filling a fresh arena left no magic, but segments. */
+        memset((uint8_t *)base + PAGE, 0, a->header->data_offset - PAGE);
+    } else {
+        error = check_header(a->header, bytes, group, boot_id, text);
+        if (error) {
+            munmap(base, bytes);
+            a->header = NULL;
+            return error;
+        }
+    }
+    a->segments = a->header->segments;
+    a->desc = (struct segment_desc *)((uint8_t *)base + PAGE);
+    a->data = (uint8_t *)base + a->header->data_offset;
+    a->free_stack = malloc(a->segments * sizeof(uint32_t));
+    a->next = malloc(a->segments * sizeof(uint32_t));
+    if (!a->free_stack || !a->next) {
+        arena_detach(a);
+        return refuse(text, -ENOMEM, "no memory for the segment tables");
+    }
+    for (uint32_t i = 0; i < a->segments; i++)
+        a->next[i] = SEGMENT_NONE;
+    return 0;
+}
+
+void arena_detach(struct arena *a)
+{
+    if (a->header)
+        munmap(a->header, a->bytes);
+    free(a->free_stack);
+    free(a->next);
+    memset(a, 0, sizeof(*a));
+}
+
+void arena_collect_free(struct arena *a)
+{
+    a->free_count = 0;
+    /* Lowest segments on top: neighbours in the arena become one journal write. */
+    for (uint32_t i = a->segments; i-- > 0;)
+        if (a->desc[i].state == SEGMENT_FREE)
+            a->free_stack[a->free_count++] = i;
+}
+
+uint32_t arena_segment_take(struct arena *a, uint64_t epoch, enum segment_state state)
+{
+    uint32_t segment;
+
+    if (a->free_count == 0)
+        return SEGMENT_NONE;
+    segment = a->free_stack[--a->free_count];
+    a->next[segment] = SEGMENT_NONE;
+    a->desc[segment].epoch = epoch;
+    a->desc[segment].tail = 0;
+    __atomic_store_n(&a->desc[segment].state, state, __ATOMIC_RELEASE);
+    return segment;
+}
+
+void arena_segment_free(struct arena *a, uint32_t segment)
+{
+    check(segment < a->segments && a->desc[segment].state != SEGMENT_FREE);
+    __atomic_store_n(&a->desc[segment].state, SEGMENT_FREE, __ATOMIC_RELEASE);
+    a->free_stack[a->free_count++] = segment;
+    check(a->free_count <= a->segments);
+}
+
+bool frame_plausible(const struct frame_header *h, uint32_t room)
+{
+    uint32_t sectors = (uint32_t)__builtin_popcount(h->mask);
+
+    if (room < sizeof(*h) || h->payload_bytes > BLOCK_BYTES || frame_bytes(h->payload_bytes) > room)
+        return false;
+    if (h->mask == 0 || h->block >> 48 || h->disk >= CORE_DISKS_MAX || h->blocks == 0 ||
+        h->blocks > (1u << 31))
+        return false;
+    switch (h->kind) {
+    case FRAME_RAW:
+        return h->blocks == 1 && h->payload_bytes == sectors * SECTOR_BYTES;
+    case FRAME_ZSTD:
+        return h->blocks == 1 && h->payload_bytes > 0 && h->payload_bytes < sectors * SECTOR_BYTES;
+    case FRAME_ZERO:
+        return h->payload_bytes == 0 && (h->blocks == 1 || h->mask == MASK_FULL);
+    default:
+        return false;
+    }
+}
+
+struct frame_header *arena_frame_next(const struct arena *a, uint32_t segment, uint32_t tail,
+                                      uint32_t *offset)
+{
+    struct frame_header *h;
+
+    if (*offset >= tail || tail > SEGMENT_BYTES)
+        return NULL;
+    h = (struct frame_header *)(arena_segment(a, segment) + *offset);
+    if (!frame_plausible(h, tail - *offset))
+        return NULL;
+    *offset += frame_bytes(h->payload_bytes);
+    return h;
+}

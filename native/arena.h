@@ -1,0 +1,111 @@
+/* arena.h - segments of the shared-memory arena and frames in them.
+ *
+ * Owner: the reactor thread takes and frees segments. A helper thread may append to a
+ * PACKED segment that the reactor gave it, and may read frames below a published tail.
+ * Errors: negative errno and a sentence from arena_attach() only; running out of segments
+ * is a return value, never an error. Limit: never more memory than the object has.
+ * Not done here: which frame is newest (index.h), what an epoch is (epoch.h).
+ */
+#ifndef EPOCHD_ARENA_H
+#define EPOCHD_ARENA_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "check.h"
+#include "format.h"
+
+#define SEGMENT_NONE UINT32_MAX
+#define SEGMENT_FRAMES_MIN (SEGMENT_BYTES / FRAME_BYTES_MAX) /* raw frames that surely fit */
+
+/* A place in the arena: byte offset from segment 0, in units of FRAME_ALIGN. */
+typedef uint32_t arena_loc;
+
+struct arena {
+    struct arena_header *header;
+    struct segment_desc *desc;
+    uint8_t *data;          /* segment 0 */
+    uint64_t bytes;
+    uint32_t segments;
+    uint32_t free_count;
+    uint32_t *free_stack;   /* free_count entries */
+    uint32_t *next;         /* per segment: next one of the same epoch, or SEGMENT_NONE */
+};
+
+/* Where the next frame goes. */
+struct arena_cursor {
+    uint32_t segment;       /* SEGMENT_NONE: none taken yet */
+    uint32_t tail;          /* bytes used in it */
+};
+
+/* Maps the object and checks or writes its header. *fresh: it held no arena; ids in the
+ * header are then 0 and the caller sets them. */
+int arena_attach(struct arena *a, int fd, uint64_t bytes, const uint8_t group[16],
+                 const uint8_t boot_id[16], bool *fresh, char *text);
+void arena_detach(struct arena *a);
+
+/* After attach, every segment not FREE is the caller's to keep or free, then this once. */
+void arena_collect_free(struct arena *a);
+
+uint32_t arena_segment_take(struct arena *a, uint64_t epoch, enum segment_state state);
+void arena_segment_free(struct arena *a, uint32_t segment);
+
+static inline uint8_t *arena_segment(const struct arena *a, uint32_t segment)
+{
+    return a->data + (uint64_t)segment * SEGMENT_BYTES;
+}
+
+static inline uint32_t arena_tail(const struct arena *a, uint32_t segment)
+{
+    return __atomic_load_n(&a->desc[segment].tail, __ATOMIC_ACQUIRE);
+}
+
+static inline struct frame_header *arena_frame(const struct arena *a, arena_loc loc)
+{
+    return (struct frame_header *)(a->data + (uint64_t)loc * FRAME_ALIGN);
+}
+
+static inline arena_loc arena_loc_of(uint32_t segment, uint32_t offset)
+{
+    return (arena_loc)(((uint64_t)segment * SEGMENT_BYTES + offset) / FRAME_ALIGN);
+}
+
+static inline uint32_t arena_loc_segment(arena_loc loc)
+{
+    return (uint32_t)((uint64_t)loc * FRAME_ALIGN / SEGMENT_BYTES);
+}
+
+/* Room for a frame of payload_bytes at the cursor? */
+static inline bool arena_fits(const struct arena_cursor *at, uint32_t payload_bytes)
+{
+    return at->segment != SEGMENT_NONE && at->tail + frame_bytes(payload_bytes) <= SEGMENT_BYTES;
+}
+
+/* The header to fill, its payload right behind it; arena_fits() was true. */
+static inline struct frame_header *arena_frame_begin(const struct arena *a,
+                                                     const struct arena_cursor *at)
+{
+    return (struct frame_header *)(arena_segment(a, at->segment) + at->tail);
+}
+
+/* Publishes the frame at the cursor: a reader or a restarted agent that sees the new tail
+ * sees the whole frame. */
+static inline arena_loc arena_frame_end(struct arena *a, struct arena_cursor *at)
+{
+    arena_loc loc = arena_loc_of(at->segment, at->tail);
+
+    at->tail += frame_bytes(arena_frame(a, loc)->payload_bytes);
+    check(at->tail <= SEGMENT_BYTES);
+    __atomic_store_n(&a->desc[at->segment].tail, at->tail, __ATOMIC_RELEASE);
+    return loc;
+}
+
+/* Walks frames: *offset starts at 0; NULL at the tail or at a frame that cannot be one
+ * (then *offset < tail). Payload bytes are within the tail. */
+struct frame_header *arena_frame_next(const struct arena *a, uint32_t segment, uint32_t tail,
+                                      uint32_t *offset);
+
+/* Is this header one that we could have written? Checks sizes, kind, mask; not the CRC. */
+bool frame_plausible(const struct frame_header *h, uint32_t room);
+
+#endif

@@ -1,0 +1,479 @@
+/* blk.c - see blk.h: the requests. What the front end commands is in frontend.c. */
+#include "blk.h"
+
+#include <errno.h>
+#include <linux/virtio_blk.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "reactor.h"
+
+#define IOV_MAX_KERNEL 1024u      /* UIO_MAXIOV */
+#define STATUS_PENDING 0xffu     /* ours: the request goes on */
+#define STATUS_HELD 0xfeu        /* ours: not taken, no room */
+
+/* One run of sectors that the epochs do not have, on its way from the image. */
+struct read_part {
+    struct disk_op op;
+    struct request *request;
+    uint8_t *bounce;             /* NULL: straight into guest memory */
+    uint64_t skip, bytes;        /* of the bounce buffer: what the guest asked for */
+    struct span_cursor to;
+    uint32_t iov_count;
+    struct iovec iov[];
+};
+
+/* ---- Answering -------------------------------------------------------------------------- */
+
+static void log_spans(struct blk *b, const struct span *span, uint32_t count)
+{
+    if (!b->log)
+        return;
+    for (uint32_t i = 0; i < count; i++)
+        dirty_log_mark(b->log, span[i].guest, span[i].bytes);
+}
+
+static void count_status(struct blk *b, uint8_t status)
+{
+    if (status == VIRTIO_BLK_S_IOERR)
+        b->stats.errors++;
+    else if (status == VIRTIO_BLK_S_UNSUPP)
+        b->stats.unsupported++;
+}
+
+/* in: the device-writable spans, at least one byte; the last byte takes the status. */
+static void finish(struct blk *b, struct ring *r, uint16_t head, const struct span *in,
+                   uint32_t in_count, uint64_t data_bytes, uint8_t status)
+{
+    const struct span *last = &in[in_count - 1];
+
+    while (last->bytes == 0)
+        last--;
+    last->ptr[last->bytes - 1] = status;
+    if (b->log) {
+        if (data_bytes > 0 || status == VIRTIO_BLK_S_IOERR) /* a read may have failed half-way */
+            log_spans(b, in, in_count);
+        else
+            dirty_log_mark(b->log, last->guest + last->bytes - 1, 1);
+    }
+    count_status(b, status);
+    ring_push(r, head, (uint32_t)(data_bytes + 1));
+}
+
+static struct request *request_create(struct blk *b, struct ring *r, uint16_t head,
+                                      const struct chain *c)
+{
+    struct request *q = malloc(sizeof(*q) + c->in_count * sizeof(struct span));
+
+    if (!q)
+        return NULL;
+    *q = (struct request){.blk = b, .ring = r, .head = head, .status = VIRTIO_BLK_S_OK,
+                          .parts = 1, .in_count = c->in_count, .next = b->requests,
+                          .link = &b->requests};
+    memcpy(q->in, c->in, c->in_count * sizeof(struct span));
+    if (b->requests)
+        b->requests->link = &q->next;
+    b->requests = q;
+    r->inflight++;
+    return q;
+}
+
+static void request_free(struct request *q)
+{
+    *q->link = q->next;
+    if (q->next)
+        q->next->link = q->link;
+    q->ring->inflight--;
+    free(q);
+}
+
+static void request_finish(struct request *q)
+{
+    /* A front end that went away is not written to. */
+    if (q->ring->used)
+        finish(q->blk, q->ring, q->head, q->in, q->in_count,
+               q->status == VIRTIO_BLK_S_OK ? q->in_bytes : 0, q->status);
+    request_free(q);
+}
+
+/* ---- Reading ---------------------------------------------------------------------------- */
+
+static void part_done(struct disk_op *op, int64_t result)
+{
+    struct read_part *p = (struct read_part *)op;
+    struct request *q = p->request;
+    struct blk *b = q->blk;
+
+    b->reads_busy--;
+    if (result < 0) {
+        q->status = VIRTIO_BLK_S_IOERR;
+        group_log(&b->core->group, LOG_ERROR, "disk \"%s\": reading %llu bytes at %llu failed: %s",
+                  b->config->name, (unsigned long long)op->bytes, (unsigned long long)op->offset,
+                  strerror((int)-result));
+    } else if (p->bounce) {
+        span_write(&p->to, p->bounce + p->skip, p->bytes);
+    }
+    free(p->bounce);
+    free(p);
+    if (--q->parts == 0)
+        request_finish(q);
+}
+
+static bool aligned(const struct blk *b, const struct read_part *p, uint64_t offset)
+{
+    if (!b->config->direct)
+        return true;
+    if (offset % b->config->logical_block_bytes)
+        return false;
+    for (uint32_t i = 0; i < p->iov_count; i++)
+        if ((uintptr_t)p->iov[i].iov_base % b->config->memory_align ||
+            p->iov[i].iov_len % b->config->logical_block_bytes)
+            return false;
+    return true;
+}
+
+/* Reads whole logical blocks around the run and copies the run out afterwards. */
+static bool bounce(const struct blk *b, struct read_part *p, uint64_t offset)
+{
+    uint64_t unit = b->config->logical_block_bytes;
+    uint64_t first = offset / unit * unit, end = (offset + p->bytes + unit - 1) / unit * unit;
+
+    p->bounce = aligned_alloc(PAGE, page_round_up(end - first));
+    if (!p->bounce)
+        return false;
+    p->skip = offset - first;
+    p->op.offset = first;
+    p->op.bytes = end - first;
+    p->iov[0] = (struct iovec){.iov_base = p->bounce, .iov_len = end - first};
+    p->op.iov_count = 1;
+    return true;
+}
+
+static bool read_run(struct request *q, uint64_t sector, uint64_t sectors, struct span_cursor to)
+{
+    struct blk *b = q->blk;
+    uint64_t bytes = sectors * SECTOR_BYTES, left = bytes;
+    struct span_cursor walk = to;
+    struct read_part *p;
+
+    p = calloc(1, sizeof(*p) + (to.count - to.at + 1) * sizeof(struct iovec));
+    if (!p)
+        return false;
+    while (left > 0) {
+        uint64_t got;
+        uint8_t *ptr = span_piece(&walk, left, &got);
+
+        p->iov[p->iov_count++] = (struct iovec){.iov_base = ptr, .iov_len = got};
+        left -= got;
+    }
+    p->request = q;
+    p->bytes = bytes;
+    p->to = to;
+    p->to.span = q->in; /* the chain's spans are reused by the next request */
+    p->op = (struct disk_op){.opcode = DISK_READ, .file = DISK_IMAGE(b->disk),
+                             .offset = sector * SECTOR_BYTES, .bytes = bytes, .iov = p->iov,
+                             .iov_count = p->iov_count, .done = part_done};
+    if ((p->iov_count > IOV_MAX_KERNEL || !aligned(b, p, p->op.offset)) &&
+        !bounce(b, p, p->op.offset)) {
+        free(p);
+        return false;
+    }
+    q->parts++;
+    b->reads_busy++;
+    disk_submit(b->core->group.disk, &p->op);
+    return true;
+}
+
+static void skip(struct span_cursor *c, uint64_t bytes)
+{
+    while (bytes > 0) {
+        uint64_t got;
+
+        span_piece(c, bytes, &got);
+        bytes -= got;
+    }
+}
+
+/* What a read is made of so far. */
+struct reading {
+    struct blk *b;
+    struct ring *r;
+    const struct chain *c;
+    struct request *q;           /* NULL: nothing was missing yet */
+    uint16_t head;
+    uint64_t run_sector, run_sectors; /* missing, not yet asked for */
+    struct span_cursor run_to;
+};
+
+static bool flush_run(struct reading *g)
+{
+    if (g->run_sectors == 0)
+        return true;
+    if (!g->q)
+        g->q = request_create(g->b, g->r, g->head, g->c);
+    if (!g->q || !read_run(g->q, g->run_sector, g->run_sectors, g->run_to))
+        return false;
+    g->run_sectors = 0;
+    return true;
+}
+
+/* One block's wanted sectors, run by run: found ones are copied, others join the run. */
+static bool read_block(struct reading *g, uint64_t block, uint8_t want, struct span_cursor *to)
+{
+    struct group *group = &g->b->core->group;
+    const uint8_t *direct, *from = g->b->core->block;
+    int found = epoch_read(group, g->b->disk, block, want, g->b->core->block, &direct);
+
+    if (found < 0)
+        return false;
+    if (found == want) {
+        uint32_t first = (uint32_t)__builtin_ctz(want);
+
+        span_write(to, direct ? direct : from + first * SECTOR_BYTES,
+                   (uint32_t)__builtin_popcount(want) * SECTOR_BYTES);
+        return flush_run(g);
+    }
+    for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
+        if (!(want & 1u << i))
+            continue;
+        if (found & 1 << i) {
+            if (!flush_run(g))
+                return false;
+            span_write(to, from + i * SECTOR_BYTES, SECTOR_BYTES);
+            continue;
+        }
+        if (g->run_sectors++ == 0) {
+            g->run_sector = block * BLOCK_SECTORS + i;
+            g->run_to = *to;
+        }
+        skip(to, SECTOR_BYTES);
+    }
+    return true;
+}
+
+static uint8_t do_read(struct blk *b, struct ring *r, uint16_t head, const struct chain *c,
+                       uint64_t sector, uint64_t bytes)
+{
+    struct reading g = {.b = b, .r = r, .c = c, .head = head};
+    struct span_cursor to = span_start(c->in, c->in_count);
+    uint64_t end = sector + bytes / SECTOR_BYTES;
+    bool good = true;
+
+    b->stats.reads++;
+    b->stats.read_bytes += bytes;
+    for (uint64_t at = sector; at < end && good;) {
+        uint64_t block = at / BLOCK_SECTORS, next = (block + 1) * BLOCK_SECTORS;
+        uint32_t first = (uint32_t)(at % BLOCK_SECTORS);
+        uint32_t last = next <= end ? BLOCK_SECTORS : (uint32_t)(end - block * BLOCK_SECTORS);
+
+        good = read_block(&g, block, (uint8_t)((1u << last) - (1u << first)), &to);
+        at = next;
+    }
+    good = good && flush_run(&g);
+    if (!g.q)
+        return good ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
+    g.q->in_bytes = bytes;
+    if (!good)
+        g.q->status = VIRTIO_BLK_S_IOERR;
+    if (--g.q->parts == 0)
+        request_finish(g.q);
+    return STATUS_PENDING;
+}
+
+/* ---- Writing ---------------------------------------------------------------------------- */
+
+static void flushed(struct flush_waiter *w)
+{
+    struct request *q = (struct request *)((uint8_t *)w - offsetof(struct request, waiter));
+
+    q->waits_flush = false;
+    request_finish(q);
+}
+
+/* Active mode: the answer waits until what is written is durable. */
+static uint8_t answer_when_durable(struct blk *b, struct ring *r, uint16_t head,
+                                   const struct chain *c)
+{
+    struct request *q;
+
+    if (b->core->group.mode != CORE_ACTIVE)
+        return VIRTIO_BLK_S_OK;
+    q = request_create(b, r, head, c);
+    if (!q)
+        return VIRTIO_BLK_S_IOERR;
+    q->waiter.done = flushed;
+    if (checkpoint_flush(&b->core->group, &q->waiter)) {
+        request_free(q);
+        return VIRTIO_BLK_S_OK;
+    }
+    q->waits_flush = true;
+    return STATUS_PENDING;
+}
+
+/* After a change of data: a driver without FLUSH relies on write-through. */
+static uint8_t written(struct blk *b, struct ring *r, uint16_t head, const struct chain *c,
+                       int error)
+{
+    if (error)
+        return VIRTIO_BLK_S_IOERR;
+    if (b->features & BLK_F_FLUSH)
+        return VIRTIO_BLK_S_OK;
+    return answer_when_durable(b, r, head, c);
+}
+
+static bool room(struct blk *b, struct ring *r, uint64_t blocks)
+{
+    if (likely(epoch_room(&b->core->group, blocks)))
+        return true;
+    r->held = true;
+    r->held_blocks = blocks;
+    b->stats.held++;
+    group_pressure(&b->core->group, true);
+    return false;
+}
+
+static uint8_t do_write(struct blk *b, struct ring *r, uint16_t head, const struct chain *c,
+                        uint64_t sector, uint64_t bytes, uint64_t header_bytes)
+{
+    struct span_cursor from = span_start(c->out, c->out_count);
+    int error;
+
+    if (!room(b, r, bytes / BLOCK_BYTES + 2))
+        return STATUS_HELD;
+    skip(&from, header_bytes);
+    b->stats.writes++;
+    b->stats.write_bytes += bytes;
+    error = epoch_write(&b->core->group, b->disk, sector, &from, bytes);
+    return written(b, r, head, c, error);
+}
+
+/* A write that can never fit is an error, not a wait. */
+static bool too_large(const struct blk *b, uint64_t bytes)
+{
+    const struct arena *a = &b->core->group.arena;
+
+    return bytes > (uint64_t)(a->segments - GROUP_RESERVED_SEGMENTS) / 2 * SEGMENT_FRAMES_MIN *
+                       BLOCK_BYTES;
+}
+
+static bool in_range(const struct blk *b, uint64_t sector, uint64_t sectors)
+{
+    return sector <= b->sectors && sectors <= b->sectors - sector;
+}
+
+/* DISCARD and WRITE_ZEROES: one segment; both leave zeroes. */
+static uint8_t do_zero(struct blk *b, struct ring *r, uint16_t head, const struct chain *c,
+                       uint32_t type)
+{
+    struct virtio_blk_discard_write_zeroes seg;
+    struct span_cursor from = span_start(c->out, c->out_count);
+    uint64_t data = c->out_bytes - sizeof(struct virtio_blk_outhdr);
+    uint32_t flags = 0;
+    int error;
+
+    if (data > sizeof(seg))
+        return VIRTIO_BLK_S_UNSUPP;
+    if (data < sizeof(seg))
+        return VIRTIO_BLK_S_IOERR;
+    skip(&from, sizeof(struct virtio_blk_outhdr));
+    span_read(&from, &seg, sizeof(seg));
+    if (b->config->read_only || !in_range(b, seg.sector, seg.num_sectors) ||
+        seg.num_sectors > CORE_DISCARD_SECTORS_MAX)
+        return VIRTIO_BLK_S_IOERR;
+    if (seg.flags & ~(type == VIRTIO_BLK_T_WRITE_ZEROES ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0u))
+        return VIRTIO_BLK_S_UNSUPP;
+    if (!room(b, r, EPOCH_ZERO_ROOM))
+        return STATUS_HELD;
+    if (type == VIRTIO_BLK_T_DISCARD) {
+        b->stats.discards++;
+        flags = FRAME_UNMAP;
+    } else {
+        b->stats.write_zeroes++;
+        if (seg.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
+            flags = FRAME_UNMAP;
+    }
+    error = epoch_zero(&b->core->group, b->disk, seg.sector, seg.num_sectors, flags);
+    return written(b, r, head, c, error);
+}
+
+/* ---- One request ------------------------------------------------------------------------ */
+
+static uint8_t get_id(struct blk *b, const struct chain *c, uint64_t *data_bytes)
+{
+    struct span_cursor to = span_start(c->in, c->in_count);
+    uint64_t bytes = c->in_bytes - 1;
+
+    b->stats.get_ids++;
+    *data_bytes = bytes < CORE_SERIAL_BYTES ? bytes : CORE_SERIAL_BYTES;
+    span_write(&to, b->config->serial, *data_bytes);
+    return VIRTIO_BLK_S_OK;
+}
+
+static uint8_t read_or_write(struct blk *b, struct ring *r, uint16_t head, const struct chain *c,
+                             uint32_t type, uint64_t sector, uint64_t *data_bytes)
+{
+    uint64_t header = sizeof(struct virtio_blk_outhdr);
+    uint64_t bytes = type == VIRTIO_BLK_T_IN ? c->in_bytes - 1 : c->out_bytes - header;
+
+    if (bytes % SECTOR_BYTES || !in_range(b, sector, bytes / SECTOR_BYTES))
+        return VIRTIO_BLK_S_IOERR;
+    if (type == VIRTIO_BLK_T_IN) {
+        uint8_t status = do_read(b, r, head, c, sector, bytes);
+
+        if (status == VIRTIO_BLK_S_OK)
+            *data_bytes = bytes;
+        return status;
+    }
+    if (b->config->read_only || too_large(b, bytes))
+        return VIRTIO_BLK_S_IOERR;
+    return do_write(b, r, head, c, sector, bytes, header);
+}
+
+static uint8_t dispatch(struct blk *b, struct ring *r, uint16_t head, const struct chain *c,
+                        uint64_t *data_bytes)
+{
+    struct virtio_blk_outhdr header;
+    struct span_cursor from = span_start(c->out, c->out_count);
+
+    if (c->out_bytes < sizeof(header)) {
+        b->stats.rejected++;
+        return VIRTIO_BLK_S_IOERR;
+    }
+    span_read(&from, &header, sizeof(header));
+    switch (header.type) {
+    case VIRTIO_BLK_T_IN:
+    case VIRTIO_BLK_T_OUT:
+        return read_or_write(b, r, head, c, header.type, header.sector, data_bytes);
+    case VIRTIO_BLK_T_FLUSH:
+        b->stats.flushes++;
+        return answer_when_durable(b, r, head, c);
+    case VIRTIO_BLK_T_GET_ID:
+        return get_id(b, c, data_bytes);
+    case VIRTIO_BLK_T_DISCARD:
+    case VIRTIO_BLK_T_WRITE_ZEROES:
+        return do_zero(b, r, head, c, header.type);
+    default:
+        return VIRTIO_BLK_S_UNSUPP;
+    }
+}
+
+enum blk_result blk_execute(struct ring *r, uint16_t head)
+{
+    struct blk *b = r->blk;
+    struct chain *c = &b->core->chain;
+    uint64_t data_bytes = 0;
+    uint8_t status;
+
+    if (!ring_chain(r, head, c))
+        return BLK_BROKEN;
+    if (c->in_bytes == 0) {
+        ring_break(r, "request at descriptor %u has no byte for its status", head);
+        return BLK_BROKEN;
+    }
+    status = dispatch(b, r, head, c, &data_bytes);
+    if (status == STATUS_HELD)
+        return BLK_HELD;
+    if (status != STATUS_PENDING)
+        finish(b, r, head, c->in, c->in_count, data_bytes, status);
+    return BLK_TAKEN;
+}

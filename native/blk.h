@@ -1,0 +1,90 @@
+/* blk.h - the virtio block device of one disk: requests, and the front end's state.
+ *
+ * A write is copied into the open epoch and answered at once; a read takes what the epochs
+ * hold and fetches the rest from the image straight into guest memory. A write that does
+ * not fit the arena is not taken from the ring: the ring is held until there is room.
+ *
+ * Owner: the reactor thread. Virtio 1.2 section 5.2; where it leaves a choice, the status
+ * values are those of QEMU's own server.
+ */
+#ifndef EPOCHD_BLK_H
+#define EPOCHD_BLK_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "checkpoint.h"
+#include "core.h"
+#include "disk.h"
+#include "memory.h"
+#include "ring.h"
+
+struct reactor;
+struct command;
+
+#define BLK_F_FLUSH (1ull << 9)
+#define BLK_F_LOG_ALL (1ull << 26)
+#define BLK_F_PROTOCOL_FEATURES (1ull << 30)
+
+enum blk_result { BLK_TAKEN, BLK_HELD, BLK_BROKEN };
+
+/* A request that could not be answered at once. */
+struct request {
+    struct blk *blk;
+    struct ring *ring;
+    struct request *next, **link;  /* the blk's list */
+    struct flush_waiter waiter;
+    bool waits_flush;
+    uint16_t head;
+    uint8_t status;
+    uint32_t parts;                /* image reads in flight, plus one while they are started */
+    uint32_t in_count;
+    uint64_t in_bytes;
+    struct span in[];              /* device-writable, status byte last */
+};
+
+struct blk_stats {
+    uint64_t reads, writes, flushes, discards, write_zeroes, get_ids;
+    uint64_t read_bytes, write_bytes, errors, unsupported, rejected, held;
+};
+
+struct blk {
+    struct reactor *core;
+    uint32_t disk;
+    const core_disk_config *config;
+    uint64_t sectors;
+    uint64_t features;             /* as negotiated */
+    struct memory *memory;         /* NULL: no front end */
+    struct dirty_log log_store;
+    struct dirty_log *log;         /* NULL: not logging */
+    struct mapping *inflight_map;
+    uint32_t inflight_queues, inflight_size;
+    uint64_t inflight_offset;
+    struct ring ring[CORE_QUEUES_MAX];
+    struct request *requests;      /* not answered yet */
+    uint32_t reads_busy;           /* image reads that target guest memory */
+    bool paused;                   /* rings wait for a command that needs them quiet */
+    bool lost_told;
+    struct command *command_first, *command_last;
+    struct blk_stats stats;
+};
+
+void blk_init(struct blk *b, struct reactor *core, uint32_t disk);
+void blk_free(struct blk *b);
+
+/* Takes the request at head from the ring. */
+enum blk_result blk_execute(struct ring *r, uint16_t head);
+
+/* Commands from the control thread, in order; step: true when one was carried out. */
+void blk_command(struct blk *b, struct command *c);
+bool blk_step(struct blk *b);
+
+void blk_query(const struct blk *b, core_disk_info *out);
+
+/* Called by ring.c. */
+void blk_watch(struct ring *r);
+void blk_unwatch(struct ring *r);
+void blk_ring_broken(struct ring *r);
+void blk_running_changed(struct blk *b);
+
+#endif

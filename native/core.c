@@ -1,0 +1,602 @@
+/* core.c - the functions of core.h: they pack a command, or start and stop the reactor.
+ *
+ * Owner: the control thread (Python's). Eventfds that the front end gave us are made
+ * non-blocking here, so that no write to one can hold the reactor.
+ */
+#include "core.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "checksum.h"
+#include "reactor.h"
+
+/* ---- Journal file -------------------------------------------------------------------------- */
+
+uint64_t core_journal_bytes_min(uint64_t arena_bytes)
+{
+    /* All of the arena as one record, its table included. */
+    return JOURNAL_LOG_OFFSET + arena_bytes +
+           record_header_bytes((uint32_t)(arena_bytes / SEGMENT_BYTES));
+}
+
+static int read_page(int fd, uint64_t offset, void *page, char *text)
+{
+    ssize_t n = pread(fd, page, PAGE, (off_t)offset);
+
+    if (n >= 0 && n < (ssize_t)PAGE)
+        memset((uint8_t *)page + n, 0, PAGE - (size_t)n);
+    if (n < 0) {
+        snprintf(text, CORE_TEXT_MAX, "journal: reading at offset %llu failed: %s",
+                 (unsigned long long)offset, strerror(errno));
+        return -errno;
+    }
+    return 0;
+}
+
+static bool all_zero(const uint8_t *p, size_t bytes)
+{
+    return p[0] == 0 && memcmp(p, p + 1, bytes - 1) == 0;
+}
+
+int core_journal_inspect(int fd, core_journal_info *out, char *text)
+{
+    struct journal_super *page = aligned_alloc(PAGE, PAGE);
+    uint64_t best = 0;
+    bool empty = true, other = false;
+    int error = page ? 0 : -ENOMEM;
+
+    memset(out, 0, sizeof(*out));
+    for (uint32_t slot = 0; slot < JOURNAL_SUPER_SLOTS && !error; slot++) {
+        error = read_page(fd, (uint64_t)slot * JOURNAL_SUPER_STRIDE, page, text);
+        if (error)
+            break;
+        empty &= all_zero((const uint8_t *)page, PAGE);
+        other |= page->magic == JOURNAL_MAGIC && page->version != JOURNAL_VERSION;
+        if (page->magic != JOURNAL_MAGIC || page->version != JOURNAL_VERSION ||
+            page->crc != journal_super_crc(page) || page->super_seq < best)
+            continue;
+        best = page->super_seq;
+        out->formatted = 1;
+        memcpy(out->group, page->group, sizeof(out->group));
+        out->size_bytes = page->file_bytes;
+    }
+    free(page);
+    if (error || out->formatted || empty)
+        return error;
+    snprintf(text, CORE_TEXT_MAX, other ? "journal: written by another version of this agent"
+                                        : "journal: the file is damaged, or no journal");
+    return -EINVAL;
+}
+
+int core_journal_format(const core_config *config, const uint8_t *group, char *text)
+{
+    struct journal_super *page = aligned_alloc(PAGE, PAGE);
+    struct stat st;
+    ssize_t n = -1;
+
+    if (page && fstat(config->journal_fd, &st) == 0) {
+        memset(page, 0, PAGE);
+        page->magic = JOURNAL_MAGIC;
+        page->version = JOURNAL_VERSION;
+        page->super_seq = JOURNAL_SUPER_SLOTS; /* slot 0 */
+        memcpy(page->group, group, sizeof(page->group));
+        page->file_bytes = (uint64_t)st.st_size;
+        page->epoch_limit = 1;
+        page->mode = CORE_STANDBY;
+        page->generation = 1;
+        page->disks = config->disks;
+        page->clean = 1;
+        for (uint32_t i = 0; i < config->disks; i++) {
+            page->disk[i].size_bytes = config->disk[i].size_bytes;
+            page->disk[i].identity = config->disk[i].identity;
+            memcpy(page->disk[i].name, config->disk[i].name, sizeof(page->disk[i].name));
+        }
+        page->crc = journal_super_crc(page);
+        n = pwrite(config->journal_fd, page, PAGE, 0);
+        if (n == PAGE && fdatasync(config->journal_fd))
+            n = -1;
+    }
+    free(page);
+    if (n == PAGE)
+        return 0;
+    snprintf(text, CORE_TEXT_MAX, "journal: writing the superblock failed: %s", strerror(errno));
+    return errno ? -errno : -EIO;
+}
+
+/* ---- Life ------------------------------------------------------------------------------------ */
+
+static void emit(void *owner, const core_event *event)
+{
+    reactor_emit(owner, event);
+}
+
+static int check_config(const core_config *config, char *text)
+{
+    const char *wrong = NULL;
+
+    if (config->disks == 0 || config->disks > CORE_DISKS_MAX)
+        wrong = "a group has 1 to 32 disks";
+    else if (config->arena_bytes < CORE_ARENA_BYTES_MIN || config->arena_bytes > 128ull << 30)
+        wrong = "the arena has 8 MiB to 128 GiB";
+    for (uint32_t i = 0; i < config->disks && !wrong; i++) {
+        const core_disk_config *d = &config->disk[i];
+
+        if (d->size_bytes == 0 || d->size_bytes % SECTOR_BYTES)
+            wrong = "an image's size is a multiple of 512 bytes";
+        else if (d->logical_block_bytes != 512 && d->logical_block_bytes != 4096)
+            wrong = "logical blocks have 512 or 4096 bytes";
+        else if (d->direct && d->size_bytes % d->logical_block_bytes)
+            wrong = "with O_DIRECT an image's size is a multiple of its logical block";
+        else if (d->direct && (d->memory_align == 0 || d->memory_align > PAGE))
+            wrong = "memory alignment is 1 to 4096 bytes";
+    }
+    if (!wrong)
+        return 0;
+    snprintf(text, CORE_TEXT_MAX, "configuration: %s", wrong);
+    return -EINVAL;
+}
+
+static int open_uring(struct reactor *r, const core_config *config, char *text)
+{
+    int files[CORE_DISKS_MAX + 1], error;
+    bool registered = false;
+
+    files[DISK_JOURNAL] = config->journal_fd;
+    for (uint32_t i = 0; i < config->disks; i++)
+        files[DISK_IMAGE(i)] = config->disk[i].fd;
+    error = disk_uring_open(&r->uring, files, config->disks + 1, r->group.arena.header,
+                            r->group.arena.bytes, &registered);
+    if (error) {
+        snprintf(text, CORE_TEXT_MAX, "io_uring: %s%s", strerror(-error),
+                 error == -ENOMEM ? "; raise the limit of locked memory (ulimit -l)" :
+                 error == -EPERM ? "; see /proc/sys/kernel/io_uring_disabled" : "");
+        return error;
+    }
+    if (r->group.arena.header && !registered)
+        group_log(&r->group, LOG_WARNING, "the arena could not be registered with io_uring: "
+                  "commits cost more; raise the limit of locked memory (ulimit -l) above the "
+                  "arena's size");
+    r->group.disk = disk_uring_disk(r->uring);
+    return 0;
+}
+
+static int init_threads(struct reactor *r, char *text)
+{
+    pthread_mutex_init(&r->command_lock, NULL);
+    pthread_mutex_init(&r->event_lock, NULL);
+    pthread_mutex_init(&r->query_lock, NULL);
+    pthread_cond_init(&r->query_done, NULL);
+    r->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    r->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    r->block = aligned_alloc(PAGE, BLOCK_BYTES);
+    if (r->wake_fd >= 0 && r->event_fd >= 0 && r->block)
+        return 0;
+    snprintf(text, CORE_TEXT_MAX, "cannot create eventfds: %s", strerror(errno));
+    return -errno;
+}
+
+int core_open(const core_config *config, core **out, char *text)
+{
+    core *c = calloc(1, sizeof(*c));
+    struct reactor *r;
+    int error;
+
+    if (!c)
+        return -ENOMEM;
+    r = &c->reactor;
+    r->group.event = emit;
+    r->group.event_owner = r;
+    r->group.worker.wake_fd = -1;
+    r->wake_fd = r->event_fd = -1;
+    error = check_config(config, text);
+    if (!error)
+        error = init_threads(r, text);
+    if (!error)
+        error = open_uring(r, config, text);
+    if (!error) {
+        struct disk_uring *recovery = r->uring; /* of this thread; the reactor opens its own */
+
+        error = group_open(&r->group, config, r->group.disk, text);
+        disk_uring_close(recovery);
+        r->uring = NULL;
+    }
+    if (!error)
+        for (uint32_t i = 0; i < config->disks; i++)
+            blk_init(&r->blk[i], r, i);
+    if (error) {
+        r->group.config.disks = 0;
+        core_close(c);
+        return error;
+    }
+    *out = c;
+    return 0;
+}
+
+/* The ring has to be set up by the thread that uses it. */
+struct start {
+    struct reactor *reactor;
+    pthread_mutex_t lock;
+    pthread_cond_t ready;
+    bool done;
+    int error;
+    char *text;
+};
+
+static void *start_reactor(void *arg)
+{
+    struct start *s = arg;
+    struct reactor *r = s->reactor;
+    int error = open_uring(r, &r->group.config, s->text);
+
+    pthread_mutex_lock(&s->lock);
+    s->error = error;
+    s->done = true;
+    pthread_cond_signal(&s->ready);
+    pthread_mutex_unlock(&s->lock); /* s is gone from here on */
+    return error ? NULL : reactor_main(r);
+}
+
+int core_start(core *c, char *text)
+{
+    struct reactor *r = &c->reactor;
+    struct start s = {.reactor = r, .text = text};
+    int error;
+
+    error = memory_handle_sigbus();
+    if (!error)
+        error = group_start(&r->group, r->wake_fd, false);
+    if (error) {
+        snprintf(text, CORE_TEXT_MAX, "cannot start the helper thread: %s", strerror(-error));
+        return error;
+    }
+    pthread_mutex_init(&s.lock, NULL);
+    pthread_cond_init(&s.ready, NULL);
+    error = -pthread_create(&r->thread, NULL, start_reactor, &s);
+    if (error) {
+        snprintf(text, CORE_TEXT_MAX, "cannot start the reactor thread: %s", strerror(-error));
+        return error;
+    }
+    pthread_mutex_lock(&s.lock);
+    while (!s.done)
+        pthread_cond_wait(&s.ready, &s.lock);
+    pthread_mutex_unlock(&s.lock);
+    if (s.error) {
+        pthread_join(r->thread, NULL);
+        return s.error;
+    }
+    r->started = true;
+    return 0;
+}
+
+int core_arena_idle(core *c)
+{
+    const struct group *g = &c->reactor.group;
+
+    return g->checkpoint.stopped && g->epochs == 1 && epoch_empty(epoch_open(g));
+}
+
+static void submit(core *c, struct command *command)
+{
+    struct reactor *r = &c->reactor;
+    uint64_t one = 1;
+
+    pthread_mutex_lock(&r->command_lock);
+    if (r->command_last)
+        r->command_last->next = command;
+    else
+        r->command_first = command;
+    r->command_last = command;
+    __atomic_store_n(&r->commands, r->commands + 1, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&r->command_lock);
+    if (write(r->wake_fd, &one, sizeof(one)) < 0) {
+        /* EAGAIN: it is readable already */
+    }
+}
+
+static struct command *command_new(enum command_kind kind, uint64_t token, uint32_t disk,
+                                   uint32_t queue)
+{
+    struct command *command = calloc(1, sizeof(*command));
+
+    check(command);
+    check(disk < CORE_DISKS_MAX && queue < CORE_QUEUES_MAX);
+    command->kind = kind;
+    command->token = token;
+    command->disk = disk;
+    command->queue = queue;
+    command->fd = -1;
+    return command;
+}
+
+void core_close(core *c)
+{
+    struct reactor *r = &c->reactor;
+
+    if (r->started) {
+        submit(c, command_new(COMMAND_EXIT, 0, 0, 0));
+        pthread_join(r->thread, NULL);
+    }
+    disk_uring_close(r->uring); /* waits for what is in flight: buffers are freed next */
+    for (uint32_t i = 0; i < r->group.config.disks; i++)
+        blk_free(&r->blk[i]);
+    group_close(&r->group);
+    while (r->event_first) {
+        struct event_node *n = r->event_first;
+
+        r->event_first = n->next;
+        free(n);
+    }
+    while (r->command_first) {
+        struct command *command = r->command_first;
+
+        r->command_first = command->next;
+        free(command);
+    }
+    if (r->wake_fd >= 0)
+        close(r->wake_fd);
+    if (r->event_fd >= 0)
+        close(r->event_fd);
+    free(r->block);
+    free(c);
+}
+
+/* ---- Events ----------------------------------------------------------------------------------- */
+
+int core_event_fd(core *c)
+{
+    return c->reactor.event_fd;
+}
+
+int core_next_event(core *c, core_event *out)
+{
+    struct reactor *r = &c->reactor;
+    struct event_node *n;
+
+    pthread_mutex_lock(&r->event_lock);
+    n = r->event_first;
+    if (n) {
+        r->event_first = n->next;
+        if (!r->event_first)
+            r->event_last = NULL;
+        r->events--;
+    }
+    pthread_mutex_unlock(&r->event_lock);
+    if (!n)
+        return 0;
+    *out = n->event;
+    free(n);
+    return 1;
+}
+
+/* ---- Verbs ------------------------------------------------------------------------------------- */
+
+static void submit_verb(core *c, uint64_t token, enum verb_kind kind, uint64_t epoch, bool newest)
+{
+    struct command *command = command_new(COMMAND_VERB, token, 0, 0);
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    command->verb = (struct verb){
+        .kind = kind, .epoch = epoch, .newest = newest,
+        .arrived_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec};
+    submit(c, command);
+}
+
+void core_epoch_seal(core *c, uint64_t token)
+{
+    submit_verb(c, token, VERB_SEAL, 0, false);
+}
+
+void core_epoch_commit(core *c, uint64_t token, uint64_t epoch, int newest)
+{
+    submit_verb(c, token, VERB_COMMIT, epoch, newest != 0);
+}
+
+void core_epoch_discard(core *c, uint64_t token)
+{
+    submit_verb(c, token, VERB_DISCARD, 0, false);
+}
+
+void core_promote(core *c, uint64_t token)
+{
+    submit_verb(c, token, VERB_PROMOTE, 0, false);
+}
+
+void core_stop(core *c, uint64_t token)
+{
+    submit_verb(c, token, VERB_STOP, 0, false);
+}
+
+/* ---- Queries ------------------------------------------------------------------------------------ */
+
+static int64_t query(core *c, enum command_kind kind, uint32_t disk, void *out, uint32_t max)
+{
+    struct reactor *r = &c->reactor;
+    struct command *command = command_new(kind, 0, disk, 0);
+    int64_t result;
+
+    command->out = out;
+    command->max = max;
+    submit(c, command);
+    pthread_mutex_lock(&r->query_lock);
+    while (!command->answered)
+        pthread_cond_wait(&r->query_done, &r->query_lock);
+    pthread_mutex_unlock(&r->query_lock);
+    result = command->result;
+    free(command);
+    return result;
+}
+
+int core_query_status(core *c, core_status *out)
+{
+    return (int)query(c, COMMAND_QUERY_STATUS, 0, out, 0);
+}
+
+int core_query_epochs(core *c, core_epoch_info *out, uint32_t max)
+{
+    return (int)query(c, COMMAND_QUERY_EPOCHS, 0, out, max);
+}
+
+int core_query_disk(core *c, uint32_t disk, core_disk_info *out)
+{
+    return (int)query(c, COMMAND_QUERY_DISK, disk, out, 0);
+}
+
+/* ---- vhost-user ----------------------------------------------------------------------------------- */
+
+int core_vhost_memory(core *c, uint64_t token, uint32_t disk, const core_region *regions,
+                      uint32_t count, char *text)
+{
+    struct memory *memory = NULL;
+    struct command *command;
+    int error = memory_create(regions, count, &memory, text);
+
+    if (error)
+        return error;
+    command = command_new(COMMAND_MEMORY, token, disk, 0);
+    command->memory = memory;
+    submit(c, command);
+    return 0;
+}
+
+int core_vhost_log(core *c, uint64_t token, uint32_t disk, int fd, uint64_t size,
+                   uint64_t offset, char *text)
+{
+    struct mapping *mapping = NULL;
+    struct command *command;
+    int error;
+
+    if (offset + size < offset || size == 0) {
+        snprintf(text, CORE_TEXT_MAX, "dirty log of %llu bytes at offset %llu",
+                 (unsigned long long)size, (unsigned long long)offset);
+        return -EINVAL;
+    }
+    error = mapping_create(fd, offset + size, &mapping, text);
+    if (error)
+        return error;
+    command = command_new(COMMAND_LOG, token, disk, 0);
+    command->mapping = mapping;
+    command->offset = offset;
+    command->bytes = size;
+    submit(c, command);
+    return 0;
+}
+
+uint64_t core_inflight_bytes(uint32_t queues, uint32_t queue_size)
+{
+    return queues * inflight_queue_bytes(queue_size);
+}
+
+int core_vhost_inflight(core *c, uint64_t token, uint32_t disk, int fd, uint64_t size,
+                        uint64_t offset, uint32_t queues, uint32_t queue_size, char *text)
+{
+    struct mapping *mapping = NULL;
+    struct command *command;
+    int error;
+
+    if (offset + size < offset || offset % 8 || queues == 0 || queues > CORE_QUEUES_MAX ||
+        queue_size == 0 || queue_size > CORE_QUEUE_SIZE_MAX ||
+        size < core_inflight_bytes(queues, queue_size)) {
+        snprintf(text, CORE_TEXT_MAX, "in-flight region of %llu bytes at offset %llu for %u "
+                 "queues of %u", (unsigned long long)size, (unsigned long long)offset, queues,
+                 queue_size);
+        return -EINVAL;
+    }
+    error = mapping_create(fd, offset + size, &mapping, text);
+    if (error)
+        return error;
+    command = command_new(COMMAND_INFLIGHT, token, disk, 0);
+    command->mapping = mapping;
+    command->offset = offset;
+    command->queues = queues;
+    command->queue_size = queue_size;
+    submit(c, command);
+    return 0;
+}
+
+void core_vhost_features(core *c, uint64_t token, uint32_t disk, uint64_t features)
+{
+    struct command *command = command_new(COMMAND_FEATURES, token, disk, 0);
+
+    command->value = features;
+    submit(c, command);
+}
+
+static void submit_value(core *c, enum command_kind kind, uint64_t token, uint32_t disk,
+                         uint32_t queue, uint64_t value)
+{
+    struct command *command = command_new(kind, token, disk, queue);
+
+    command->value = value;
+    submit(c, command);
+}
+
+void core_vring_size(core *c, uint64_t token, uint32_t disk, uint32_t queue, uint32_t size)
+{
+    submit_value(c, COMMAND_SIZE, token, disk, queue, size);
+}
+
+void core_vring_addr(core *c, uint64_t token, uint32_t disk, uint32_t queue, uint32_t flags,
+                     uint64_t desc, uint64_t avail, uint64_t used, uint64_t log)
+{
+    struct command *command = command_new(COMMAND_ADDR, token, disk, queue);
+
+    command->flags = flags;
+    command->desc = desc;
+    command->avail = avail;
+    command->used = used;
+    command->log = log;
+    submit(c, command);
+}
+
+void core_vring_base(core *c, uint64_t token, uint32_t disk, uint32_t queue, uint32_t base)
+{
+    submit_value(c, COMMAND_BASE, token, disk, queue, base);
+}
+
+static void submit_fd(core *c, enum command_kind kind, uint64_t token, uint32_t disk,
+                      uint32_t queue, int fd)
+{
+    struct command *command = command_new(kind, token, disk, queue);
+
+    if (fd >= 0)
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    command->fd = fd;
+    submit(c, command);
+}
+
+void core_vring_kick(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd)
+{
+    submit_fd(c, COMMAND_KICK, token, disk, queue, fd);
+}
+
+void core_vring_call(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd)
+{
+    submit_fd(c, COMMAND_CALL, token, disk, queue, fd);
+}
+
+void core_vring_err(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd)
+{
+    submit_fd(c, COMMAND_ERR, token, disk, queue, fd);
+}
+
+void core_vring_enable(core *c, uint64_t token, uint32_t disk, uint32_t queue, int on)
+{
+    submit_value(c, COMMAND_ENABLE, token, disk, queue, on != 0);
+}
+
+void core_vring_stop(core *c, uint64_t token, uint32_t disk, uint32_t queue)
+{
+    submit_value(c, COMMAND_STOP, token, disk, queue, 0);
+}
+
+void core_vhost_reset(core *c, uint64_t token, uint32_t disk)
+{
+    submit_value(c, COMMAND_RESET, token, disk, 0, 0);
+}

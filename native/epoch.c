@@ -1,0 +1,467 @@
+/* epoch.c - see epoch.h. */
+#include "epoch.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "group.h"
+
+/* ---- Segments of an epoch ------------------------------------------------------------- */
+
+void segment_list_init(struct segment_list *l)
+{
+    *l = (struct segment_list){.first = SEGMENT_NONE, .last = SEGMENT_NONE};
+}
+
+void segment_list_append(struct arena *a, struct segment_list *l, uint32_t segment)
+{
+    a->next[segment] = SEGMENT_NONE;
+    if (l->count++ == 0)
+        l->first = segment;
+    else
+        a->next[l->last] = segment;
+    l->last = segment;
+}
+
+uint32_t segment_list_pop(struct arena *a, struct segment_list *l)
+{
+    uint32_t segment = l->first;
+
+    check(l->count > 0);
+    l->first = a->next[segment];
+    if (--l->count == 0)
+        segment_list_init(l);
+    return segment;
+}
+
+static void segment_list_free(struct arena *a, struct segment_list *l)
+{
+    while (l->count > 0)
+        arena_segment_free(a, segment_list_pop(a, l));
+}
+
+/* ---- Life of an epoch ----------------------------------------------------------------- */
+
+struct epoch *epoch_create(struct group *g, uint64_t id)
+{
+    struct epoch *e;
+
+    check(g->epochs < CORE_EPOCHS_MAX);
+    e = calloc(1, sizeof(*e));
+    if (!e)
+        return NULL;
+    e->id = id;
+    e->state = CORE_EPOCH_OPEN;
+    e->raw.segment = SEGMENT_NONE;
+    e->packed.segment = SEGMENT_NONE;
+    segment_list_init(&e->raw_list);
+    segment_list_init(&e->kept_list);
+    g->epoch[g->epochs++] = e;
+    return e;
+}
+
+static void destroy(struct group *g, struct epoch *e)
+{
+    segment_list_free(&g->arena, &e->raw_list);
+    segment_list_free(&g->arena, &e->kept_list);
+    index_free(&e->index);
+    free(e);
+}
+
+void epoch_drop(struct group *g, struct epoch *e)
+{
+    uint32_t i = 0;
+
+    while (g->epoch[i] != e) {
+        i++;
+        check(i < g->epochs);
+    }
+    memmove(&g->epoch[i], &g->epoch[i + 1], (g->epochs - i - 1) * sizeof(g->epoch[0]));
+    g->epochs--;
+    e->dropped = true;
+    if (e->jobs == 0)
+        destroy(g, e);
+}
+
+void epoch_job_done(struct group *g, struct epoch *e)
+{
+    check(e->jobs > 0);
+    if (--e->jobs == 0 && e->dropped)
+        destroy(g, e);
+}
+
+struct epoch *epoch_open(const struct group *g)
+{
+    return g->epoch[g->epochs - 1];
+}
+
+struct epoch *epoch_by_id(const struct group *g, uint64_t id)
+{
+    for (uint32_t i = g->epochs; i-- > 0;)
+        if (g->epoch[i]->id == id)
+            return g->epoch[i];
+    return NULL;
+}
+
+/* ---- Writing -------------------------------------------------------------------------- */
+
+bool epoch_room(const struct group *g, uint64_t blocks)
+{
+    const struct arena_cursor *at = &epoch_open(g)->raw;
+    uint64_t here = 0, segments;
+
+    if (at->segment != SEGMENT_NONE)
+        here = (SEGMENT_BYTES - at->tail) / FRAME_BYTES_MAX;
+    if (likely(blocks <= here))
+        return true;
+    segments = (blocks - here + SEGMENT_FRAMES_MIN - 1) / SEGMENT_FRAMES_MIN;
+    return g->arena.free_count >= segments + GROUP_RESERVED_SEGMENTS;
+}
+
+/* The next frame's header, in a new segment when this one is full. */
+static struct frame_header *begin(struct group *g, struct epoch *e, uint32_t payload_bytes)
+{
+    if (unlikely(!arena_fits(&e->raw, payload_bytes))) {
+        uint32_t segment = arena_segment_take(&g->arena, e->id, SEGMENT_RAW);
+
+        check(segment != SEGMENT_NONE); /* epoch_room() was asked */
+        segment_list_append(&g->arena, &e->raw_list, segment);
+        e->raw = (struct arena_cursor){.segment = segment};
+    }
+    return arena_frame_begin(&g->arena, &e->raw);
+}
+
+static arena_loc end(struct group *g, struct epoch *e, struct frame_header *h, uint32_t disk,
+                     uint64_t block, uint32_t blocks, uint8_t mask, uint32_t flags)
+{
+    h->crc = 0;
+    h->seq = g->seq++;
+    h->block = block;
+    h->blocks = blocks;
+    h->disk = (uint8_t)disk;
+    h->mask = mask;
+    h->flags = (uint8_t)flags;
+    e->stored_bytes += frame_bytes(h->payload_bytes);
+    return arena_frame_end(&g->arena, &e->raw);
+}
+
+/* All zero? Data rarely is, and then its first bytes tell. */
+static bool is_zero(const uint8_t *p, uint32_t bytes)
+{
+    uint64_t first[2];
+
+    memcpy(first, p, sizeof(first));
+    return (first[0] | first[1]) == 0 && memcmp(p, p + 16, bytes - 16) == 0;
+}
+
+/* Part of a block: the frame carries what this epoch has of the block already and the new
+ * sectors, so that a block needs one frame an epoch. Leaves all in g->scratch. */
+static int merge(struct group *g, struct epoch *e, uint32_t disk, uint64_t block, uint8_t mask,
+                 struct span_cursor *from, uint8_t *merged_mask)
+{
+    const struct index_slot *s = index_find(&e->index, disk, block);
+    uint8_t have = s ? s->mask : 0;
+    int error;
+
+    if (!have && index_in_range(&e->index, disk, block)) {
+        memset(g->scratch, 0, BLOCK_BYTES);
+        have = MASK_FULL;
+    } else if (have & ~mask) {
+        error = frame_expand(arena_frame(&g->arena, s->loc), have & ~mask, g->scratch, g->expand,
+                             g->scratch + BLOCK_BYTES);
+        if (error)
+            return error;
+    }
+    for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
+        if (mask & 1u << i)
+            span_read(from, g->scratch + i * SECTOR_BYTES, SECTOR_BYTES);
+    *merged_mask = have | mask;
+    return 0;
+}
+
+/* One block, or part of one, from the cursor into the open epoch. */
+static int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
+                       uint8_t mask, struct span_cursor *from)
+{
+    struct frame_header *h;
+    struct index_slot *s;
+    uint32_t bytes;
+    uint8_t *payload, carried = mask;
+    arena_loc loc;
+    int error;
+
+    error = index_reserve(&e->index, g->expected_blocks);
+    if (unlikely(error))
+        return error;
+    if (mask != MASK_FULL) {
+        error = merge(g, e, disk, block, mask, from, &carried);
+        if (error)
+            return error;
+    }
+    h = begin(g, e, BLOCK_BYTES);
+    payload = (uint8_t *)(h + 1);
+    bytes = (uint32_t)__builtin_popcount(carried) * SECTOR_BYTES;
+    if (mask == MASK_FULL) {
+        span_read(from, payload, BLOCK_BYTES);
+    } else {
+        for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
+            if (carried & 1u << i) {
+                memcpy(payload, g->scratch + i * SECTOR_BYTES, SECTOR_BYTES);
+                payload += SECTOR_BYTES;
+            }
+        payload = (uint8_t *)(h + 1);
+    }
+    h->kind = FRAME_RAW;
+    h->payload_bytes = bytes;
+    if (is_zero(payload, bytes)) {
+        h->kind = FRAME_ZERO;
+        h->payload_bytes = 0;
+        g->stats.zero_frames++;
+    }
+    loc = end(g, e, h, disk, block, 1, carried, 0);
+    s = index_find(&e->index, disk, block);
+    e->logical_bytes += bytes;
+    if (s) {
+        e->logical_bytes -= (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
+        s->loc = loc;
+        s->mask = carried;
+        return 0;
+    }
+    return index_put(&e->index, disk, block, loc, carried);
+}
+
+/* The sectors of `block` that sector..sector+sectors-1 touches. */
+static uint8_t block_mask(uint64_t block, uint64_t sector, uint64_t sectors)
+{
+    uint64_t base = block * BLOCK_SECTORS;
+    uint32_t first = sector > base ? (uint32_t)(sector - base) : 0;
+    uint32_t last = sector + sectors < base + BLOCK_SECTORS ? (uint32_t)(sector + sectors - base)
+                                                            : BLOCK_SECTORS;
+
+    return (uint8_t)((1u << last) - (1u << first));
+}
+
+int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cursor *from,
+                uint64_t bytes)
+{
+    uint64_t sectors = bytes / SECTOR_BYTES;
+    struct epoch *e = epoch_open(g);
+
+    for (uint64_t block = sector / BLOCK_SECTORS; block * BLOCK_SECTORS < sector + sectors; block++) {
+        int error = write_block(g, e, disk, block, block_mask(block, sector, sectors), from);
+        if (unlikely(error))
+            return error;
+    }
+    return 0;
+}
+
+/* Whole blocks become zero: one frame; a slot each when few, one range when many. */
+static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
+                       uint64_t blocks, uint32_t flags)
+{
+    struct frame_header *h;
+    arena_loc loc;
+    int error;
+
+    if (blocks > ZERO_SLOTS_MAX) {
+        error = index_put_range(&e->index, disk, block, block + blocks, flags);
+        if (error)
+            return error;
+    }
+    h = begin(g, e, 0);
+    h->kind = FRAME_ZERO;
+    h->payload_bytes = 0;
+    loc = end(g, e, h, disk, block, (uint32_t)blocks, MASK_FULL, flags);
+    g->stats.zero_frames++;
+    if (blocks > ZERO_SLOTS_MAX)
+        return 0;
+    for (uint64_t i = 0; i < blocks; i++) {
+        struct index_slot *s = index_find(&e->index, disk, block + i);
+
+        e->logical_bytes += BLOCK_BYTES;
+        if (s)
+            e->logical_bytes -= (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
+        error = index_put(&e->index, disk, block + i, loc, MASK_FULL);
+        if (error)
+            return error;
+    }
+    return 0;
+}
+
+int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors, uint32_t flags)
+{
+    static uint8_t zeroes[BLOCK_BYTES];
+    struct epoch *e = epoch_open(g);
+    uint64_t end_sector = sector + sectors;
+    uint64_t first = (sector + BLOCK_SECTORS - 1) / BLOCK_SECTORS;
+    uint64_t last = end_sector / BLOCK_SECTORS;
+    struct span span = {.ptr = zeroes, .bytes = BLOCK_BYTES};
+    int error = 0;
+
+    if (sector % BLOCK_SECTORS) {
+        struct span_cursor from = span_start(&span, 1);
+        uint64_t block = sector / BLOCK_SECTORS;
+
+        error = write_block(g, e, disk, block, block_mask(block, sector, sectors), &from);
+    }
+    if (!error && first < last)
+        error = zero_blocks(g, e, disk, first, last - first, flags);
+    if (!error && end_sector % BLOCK_SECTORS && last >= first) {
+        struct span_cursor from = span_start(&span, 1);
+
+        error = write_block(g, e, disk, last, block_mask(last, sector, sectors), &from);
+    }
+    return error;
+}
+
+/* ---- Reading -------------------------------------------------------------------------- */
+
+int frame_expand(const struct frame_header *h, uint8_t want, uint8_t *out, ZSTD_DCtx *context,
+                 uint8_t *scratch)
+{
+    const uint8_t *payload = (const uint8_t *)(h + 1);
+    uint32_t bytes = (uint32_t)__builtin_popcount(h->mask) * SECTOR_BYTES;
+
+    if (h->kind == FRAME_ZSTD) {
+        bool whole = h->mask == MASK_FULL && want == MASK_FULL;
+        uint8_t *to = whole ? out : scratch;
+
+        if (ZSTD_decompressDCtx(context, to, bytes, payload, h->payload_bytes) != bytes)
+            return -EIO;
+        if (whole)
+            return 0;
+        payload = scratch;
+    } else if (h->kind == FRAME_RAW && h->mask == MASK_FULL && want == MASK_FULL) {
+        memcpy(out, payload, BLOCK_BYTES);
+        return 0;
+    }
+    for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
+        if (want & 1u << i) {
+            if (h->kind == FRAME_ZERO)
+                memset(out + i * SECTOR_BYTES, 0, SECTOR_BYTES);
+            else
+                memcpy(out + i * SECTOR_BYTES, payload, SECTOR_BYTES);
+        }
+        if (h->mask & 1u << i)
+            payload += SECTOR_BYTES;
+    }
+    return 0;
+}
+
+/* The wanted sectors as one run inside of a raw whole-block frame, or NULL. */
+static const uint8_t *raw_run(const struct frame_header *h, uint8_t want)
+{
+    if (h->kind != FRAME_RAW || h->mask != MASK_FULL)
+        return NULL;
+    return (const uint8_t *)(h + 1) + (uint32_t)__builtin_ctz(want) * SECTOR_BYTES;
+}
+
+int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uint8_t *out,
+               const uint8_t **direct)
+{
+    uint8_t found = 0;
+
+    *direct = NULL;
+    for (uint32_t i = g->epochs; i-- > 0 && found != want;) {
+        struct index *x = &g->epoch[i]->index;
+        const struct index_slot *s = index_find(x, disk, block);
+        uint8_t here = s ? s->mask & want & ~found : 0;
+
+        if (here) {
+            const struct frame_header *h = arena_frame(&g->arena, s->loc);
+
+            if (here == want && (*direct = raw_run(h, want)))
+                return want;
+            if (frame_expand(h, here, out, g->expand, g->scratch + BLOCK_BYTES))
+                return -EIO;
+            found |= here;
+        }
+        if (found != want && index_in_range(x, disk, block)) {
+            for (uint32_t n = 0; n < BLOCK_SECTORS; n++)
+                if (want & ~found & 1u << n)
+                    memset(out + n * SECTOR_BYTES, 0, SECTOR_BYTES);
+            found = want;
+        }
+    }
+    return found;
+}
+
+/* ---- Rebuilding the index ------------------------------------------------------------- */
+
+struct seen {
+    uint64_t seq;
+    arena_loc loc;
+};
+
+static int by_seq(const void *a, const void *b)
+{
+    uint64_t x = ((const struct seen *)a)->seq, y = ((const struct seen *)b)->seq;
+
+    return x < y ? -1 : x > y;
+}
+
+static int collect(struct group *g, const struct segment_list *l, struct seen **seen,
+                   uint64_t *count, uint64_t *max)
+{
+    for (uint32_t n = 0, segment = l->first; n < l->count; n++, segment = g->arena.next[segment]) {
+        uint32_t tail = arena_tail(&g->arena, segment), offset = 0, at = 0;
+        struct frame_header *h;
+
+        while ((h = arena_frame_next(&g->arena, segment, tail, &offset))) {
+            if (*count == *max) {
+                uint64_t more = *max ? *max * 2 : 4096;
+                struct seen *grown = realloc(*seen, more * sizeof(**seen));
+                if (!grown)
+                    return -ENOMEM;
+                *seen = grown;
+                *max = more;
+            }
+            (*seen)[(*count)++] = (struct seen){.seq = h->seq, .loc = arena_loc_of(segment, at)};
+            at = offset;
+        }
+        if (offset != tail)
+            return -EILSEQ; /* below a published tail all frames are whole */
+    }
+    return 0;
+}
+
+static int reindex_frame(struct epoch *e, const struct frame_header *h, arena_loc loc)
+{
+    int error = 0;
+
+    if (h->kind == FRAME_ZERO && h->blocks > ZERO_SLOTS_MAX)
+        return index_put_range(&e->index, h->disk, h->block, h->block + h->blocks, h->flags);
+    for (uint32_t i = 0; i < h->blocks && !error; i++)
+        error = index_put(&e->index, h->disk, h->block + i, loc, h->mask);
+    return error;
+}
+
+int epoch_reindex(struct group *g, struct epoch *e)
+{
+    struct seen *seen = NULL;
+    uint64_t count = 0, max = 0;
+    int error;
+
+    error = collect(g, &e->raw_list, &seen, &count, &max);
+    if (!error)
+        error = collect(g, &e->kept_list, &seen, &count, &max);
+    if (!error && count > 0) {
+        qsort(seen, count, sizeof(*seen), by_seq);
+        if (seen[count - 1].seq >= g->seq)
+            g->seq = seen[count - 1].seq + 1;
+        error = index_reserve(&e->index, count);
+    }
+    for (uint64_t i = 0; i < count && !error; i++) {
+        const struct frame_header *h = arena_frame(&g->arena, seen[i].loc);
+
+        e->stored_bytes += frame_bytes(h->payload_bytes);
+        error = reindex_frame(e, h, seen[i].loc);
+    }
+    free(seen);
+    for (uint64_t b = 0; b < e->index.buckets; b++)
+        for (uint32_t i = 0; i < e->index.bucket[b].count; i++)
+            e->logical_bytes +=
+                (uint32_t)__builtin_popcount(e->index.bucket[b].slot[i].mask) * SECTOR_BYTES;
+    return error;
+}

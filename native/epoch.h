@@ -1,0 +1,88 @@
+/* epoch.h - the epochs of a group: what was written in which, and what a read sees.
+ *
+ *     OPEN --seal--> SEALED --commit--> COMMITTED --apply--> freed
+ *       \______________\___discard___> freed
+ *
+ * Owner: the reactor thread. Epochs are kept oldest first; the last one is open. A helper
+ * job pins its epoch (`jobs`); an epoch dropped meanwhile goes with its last job.
+ * Errors: -ENOMEM (index), -EIO (a frame that does not expand). Running out of arena is not
+ * an error: ask epoch_room() first, then the write cannot run out.
+ */
+#ifndef EPOCHD_EPOCH_H
+#define EPOCHD_EPOCH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <zstd.h>
+
+#include "arena.h"
+#include "core.h"
+#include "index.h"
+#include "span.h"
+
+struct group;
+
+/* Segments of one epoch, in order of taking, linked by arena.next. */
+struct segment_list {
+    uint32_t first, last, count;
+};
+
+struct epoch {
+    uint64_t id;
+    enum core_epoch_state state;
+    struct index index;
+    struct arena_cursor raw, packed;
+    struct segment_list raw_list;  /* RAW, not looked at by the packer yet */
+    struct segment_list kept_list; /* PACKED, and RAW ones that are not worth packing */
+    uint64_t logical_bytes;        /* guest bytes that the index stands for, ranges aside */
+    uint64_t stored_bytes;         /* of frames */
+    uint32_t jobs;                 /* helper jobs that use its segments or index */
+    bool frozen;                   /* no more packing: a commit or an apply reads it */
+    bool dropped;
+};
+
+/* A run of at most this many zero blocks gets a slot a block; a longer one is a range. */
+#define ZERO_SLOTS_MAX 64u
+
+void segment_list_init(struct segment_list *l);
+void segment_list_append(struct arena *a, struct segment_list *l, uint32_t segment);
+uint32_t segment_list_pop(struct arena *a, struct segment_list *l);
+
+/* A new open epoch behind all others; NULL without memory. */
+struct epoch *epoch_create(struct group *g, uint64_t id);
+/* Takes it out of the group and frees it, or leaves that to its last job. */
+void epoch_drop(struct group *g, struct epoch *e);
+/* A helper job is over. */
+void epoch_job_done(struct group *g, struct epoch *e);
+
+struct epoch *epoch_open(const struct group *g);
+struct epoch *epoch_by_id(const struct group *g, uint64_t id);
+static inline bool epoch_empty(const struct epoch *e)
+{
+    return e->raw_list.count == 0 && e->kept_list.count == 0;
+}
+
+/* Is there room in the arena for a request that touches `blocks` blocks? */
+bool epoch_room(const struct group *g, uint64_t blocks);
+
+/* One guest write into the open epoch: bytes (a multiple of 512) from the cursor. */
+int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cursor *from,
+                uint64_t bytes);
+/* Sectors become zero; flags: FRAME_UNMAP or 0. Blocks touched, for epoch_room(): 80. */
+int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors, uint32_t flags);
+#define EPOCH_ZERO_ROOM 80u
+
+/* What the guest sees of one block, without the image: looks for the sectors in `want`,
+ * newest epoch first. Returns the sectors found, or -EIO. They are in `out` (BLOCK_BYTES,
+ * each at its place), or, when all of `want` is one stored run, *direct points at them. */
+int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uint8_t *out,
+               const uint8_t **direct);
+
+/* Expands the wanted sectors of one frame to their places in out (BLOCK_BYTES). */
+int frame_expand(const struct frame_header *h, uint8_t want, uint8_t *out, ZSTD_DCtx *context,
+                 uint8_t *scratch);
+
+/* For recovery: enters frames that already lie in the epoch's segments, in seq order. */
+int epoch_reindex(struct group *g, struct epoch *e);
+
+#endif

@@ -1,0 +1,188 @@
+/* format.h - every byte that outlives a function call.
+ *
+ * What lies in the arena (POSIX shared memory, survives the agent), in the journal (survives
+ * the host) and in both: frames. Little-endian, as virtio 1 and x86-64/AArch64 are; a
+ * big-endian host is refused at compile time. A field that changes meaning changes the
+ * version beside its magic; readers refuse other versions.
+ */
+#ifndef EPOCHD_FORMAT_H
+#define EPOCHD_FORMAT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the formats are little-endian");
+
+#define SECTOR_BYTES 512u
+#define BLOCK_BYTES 4096u
+#define BLOCK_SECTORS 8u
+#define MASK_FULL 0xffu            /* all eight sectors of a block */
+#define PAGE 4096u
+
+/* ---- Frames: the unit in the arena, in the journal and on a wire ---------------------- */
+
+enum frame_kind {
+    FRAME_RAW = 1,   /* payload: the sectors named by mask, in order, 512 bytes each */
+    FRAME_ZSTD = 2,  /* payload: one zstd frame that expands to the same */
+    FRAME_ZERO = 3,  /* no payload: `blocks` blocks (or the masked sectors of one) are zero */
+};
+
+#define FRAME_UNMAP 1u             /* ZERO only: the image may give the space back */
+#define FRAME_ALIGN 32u            /* frames start at multiples of this in a segment */
+
+/* One frame header; the payload follows it, then padding up to FRAME_ALIGN. */
+struct frame_header {
+    uint32_t crc;           /* CRC32C of the rest of the header and the payload; 0 in the
+                               arena until a helper thread has computed it */
+    uint32_t payload_bytes; /* stored bytes after the header */
+    uint64_t seq;           /* write order in the group: the newest frame of a sector wins,
+                               whatever the order in which segments are read */
+    uint64_t block;         /* first 4 KiB block, 48 bits used */
+    uint32_t blocks;        /* 1; ZERO frames may cover more, then mask is MASK_FULL */
+    uint8_t disk;           /* index in the group's disk table */
+    uint8_t kind;           /* enum frame_kind */
+    uint8_t mask;           /* sectors of the block that this frame carries */
+    uint8_t flags;
+};
+_Static_assert(sizeof(struct frame_header) == 32, "frames are found by adding sizes");
+_Static_assert(offsetof(struct frame_header, seq) == 8, "no padding");
+_Static_assert(sizeof(struct frame_header) % FRAME_ALIGN == 0, "a zero frame fills its slot");
+
+#define FRAME_BYTES_MAX (sizeof(struct frame_header) + BLOCK_BYTES)
+
+static inline uint32_t frame_bytes(uint32_t payload_bytes)
+{
+    return (uint32_t)((sizeof(struct frame_header) + payload_bytes + FRAME_ALIGN - 1) &
+                      ~(FRAME_ALIGN - 1));
+}
+
+/* ---- Arena: one POSIX shared-memory object ------------------------------------------- */
+
+#define ARENA_MAGIC 0x414e455241435045ull /* "EPCARENA" */
+#define ARENA_VERSION 1u
+#define SEGMENT_BYTES 262144u      /* one journal write; small, so that a small epoch that
+                                      takes a whole segment wastes little */
+
+#define ARENA_DISCARDED_MAX 128u
+
+/* Page 0. What comes before `base` never changes while the arena lives. */
+struct arena_header {
+    uint64_t magic;
+    uint32_t version;
+    uint32_t segment_bytes;
+    uint64_t arena_bytes;
+    uint32_t segments;
+    uint32_t data_offset;   /* of segment 0; a multiple of PAGE */
+    uint8_t group[16];      /* the journal's group: frames name disks by index in it */
+    uint8_t boot_id[16];    /* another boot's arena cannot be continued */
+    /* Epoch ids. `base` is the first epoch that no discard has dropped: ids base..open-1
+     * are sealed or committed, everything below base that is not committed is gone. A
+     * discard stores base, then open; base > open therefore says "discard to base". */
+    uint64_t base;
+    uint64_t open;
+    uint64_t committed;     /* newest acknowledged commit: the journal must agree */
+    uint64_t discarded_next; /* slot of the next entry below, modulo its length */
+    struct {                /* the latest discards, to tell "dropped" from "committed" */
+        uint64_t first, last;
+    } discarded[ARENA_DISCARDED_MAX];
+    uint8_t reserved[PAGE - 96 - 16 * ARENA_DISCARDED_MAX];
+};
+_Static_assert(sizeof(struct arena_header) == PAGE, "the header is page 0");
+_Static_assert(offsetof(struct arena_header, base) == 64, "no padding");
+
+enum segment_state {
+    SEGMENT_FREE = 0,
+    SEGMENT_RAW = 1,     /* filled by the reactor */
+    SEGMENT_PACKED = 2,  /* filled by a helper from a RAW one */
+};
+
+/* The table of these follows page 0; one a segment. */
+struct segment_desc {
+    uint64_t epoch;
+    uint32_t state;         /* enum segment_state; stored last with release order */
+    uint32_t tail;          /* bytes of whole frames; stored after the frame, release order:
+                               what is behind it does not exist */
+};
+_Static_assert(sizeof(struct segment_desc) == 16, "the table is an array");
+
+/* ---- Journal: one file, a ring of records --------------------------------------------- */
+
+#define JOURNAL_MAGIC 0x314c4e524a435045ull /* "EPCJRNL1" */
+#define RECORD_MAGIC 0x3144524352435045ull  /* "EPCRCRD1" */
+#define JOURNAL_VERSION 1u
+#define JOURNAL_LOG_OFFSET 1048576u  /* first byte of the ring */
+#define JOURNAL_SUPER_SLOTS 2u       /* written in turn: one of them is always whole */
+#define JOURNAL_SUPER_STRIDE 65536u  /* far apart: no device tears both with one write */
+#define JOURNAL_DISKS_MAX 32u
+
+/* Who a frame's `disk` is. */
+struct journal_disk {
+    uint64_t size_bytes;    /* of the image when last opened; it may grow, never shrink */
+    uint64_t identity;      /* inode number of a file: another image is refused */
+    char name[32];
+    uint8_t reserved[16];
+};
+_Static_assert(sizeof(struct journal_disk) == 64, "array in the superblock");
+
+/* The superblock, PAGE bytes, in slot (version_seq % JOURNAL_SUPER_SLOTS). */
+struct journal_super {
+    uint64_t magic;
+    uint32_t crc;           /* CRC32C of the page with this field 0 */
+    uint32_t version;
+    uint64_t super_seq;     /* the valid slot with the highest one counts */
+    uint8_t group[16];
+    uint64_t file_bytes;
+    uint64_t head_lsn;      /* first record that the images may lack */
+    uint64_t applied;       /* newest epoch that is wholly in the images */
+    uint64_t epoch_limit;   /* ids below it may have been used: a start without the arena
+                               goes on here, so that no id is used twice */
+    uint64_t generation;
+    uint32_t mode;          /* enum core_mode */
+    uint32_t disks;
+    uint32_t clean;         /* 1: written by a stop with nothing behind the head, so what
+                               lies in the ring needs no search for damage */
+    uint8_t reserved[PAGE - 92 - 64 * JOURNAL_DISKS_MAX];
+    struct journal_disk disk[JOURNAL_DISKS_MAX];
+};
+_Static_assert(sizeof(struct journal_super) == PAGE, "one atomic-enough write");
+_Static_assert(offsetof(struct journal_super, reserved) == 92, "no padding");
+
+/* A commit record: this header and its table (padded to PAGE), then the segments' frames,
+ * each segment padded to PAGE. The record is the only commit point: it counts when the
+ * header's crc, every segment's crc and its position (lsn) are right. A position is a byte
+ * count that never wraps; the place in the file is lsn modulo the ring's size. */
+struct record_header {
+    uint64_t magic;
+    uint32_t crc;           /* CRC32C of header and table with this field 0 */
+    uint32_t version;
+    uint8_t group[16];
+    uint64_t lsn;
+    uint64_t epoch_first;   /* the record commits epoch_first..epoch_last, all or none */
+    uint64_t epoch_last;
+    uint64_t record_bytes;  /* header, table and data with all padding */
+    uint64_t epoch_limit;   /* as in the superblock; the higher one counts */
+    uint32_t segments;
+    uint32_t header_bytes;  /* header and table, padded to PAGE */
+};
+_Static_assert(sizeof(struct record_header) == 80, "no padding");
+
+struct record_segment {
+    uint64_t epoch;
+    uint32_t bytes;         /* of frames, without padding */
+    uint32_t crc;           /* CRC32C over the frame headers in order. A frame header holds
+                               its payload's CRC, so this covers every byte that counts. */
+};
+_Static_assert(sizeof(struct record_segment) == 16, "array after the record header");
+
+static inline uint64_t page_round_up(uint64_t bytes)
+{
+    return (bytes + PAGE - 1) & ~(uint64_t)(PAGE - 1);
+}
+
+static inline uint32_t record_header_bytes(uint32_t segments)
+{
+    return (uint32_t)page_round_up(sizeof(struct record_header) +
+                                   (uint64_t)segments * sizeof(struct record_segment));
+}
+
+#endif

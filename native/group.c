@@ -1,0 +1,107 @@
+/* group.c - see group.h. */
+#include "group.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+int group_start(struct group *g, int notify_fd, bool inline_jobs)
+{
+    return worker_start(&g->worker, notify_fd, inline_jobs);
+}
+
+void group_close(struct group *g)
+{
+    worker_stop(&g->worker);
+    checkpoint_free(g);
+    while (g->epochs > 0) {
+        struct epoch *e = g->epoch[--g->epochs];
+
+        index_free(&e->index); /* the segments stay in the arena */
+        free(e);
+    }
+    apply_free(g);
+    pack_free(g);
+    journal_free(&g->journal);
+    arena_detach(&g->arena);
+    ZSTD_freeDCtx(g->expand);
+    free(g->scratch);
+    g->expand = NULL;
+    g->scratch = NULL;
+}
+
+bool group_step(struct group *g)
+{
+    bool moved = worker_reap(&g->worker) > 0;
+
+    moved |= checkpoint_step(g);
+    moved |= journal_step(g);
+    moved |= apply_step(g);
+    moved |= pack_step(g);
+    return moved;
+}
+
+static uint64_t earlier(uint64_t a, uint64_t b)
+{
+    if (a == 0 || b == 0)
+        return a + b;
+    return a < b ? a : b;
+}
+
+uint64_t group_timer(const struct group *g)
+{
+    return earlier(g->apply.retry_ns, g->mode == CORE_ACTIVE ? g->checkpoint.retry_ns : 0);
+}
+
+void group_emit(struct group *g, core_event *event)
+{
+    if (g->event)
+        g->event(g->event_owner, event);
+}
+
+void group_log(struct group *g, int level, const char *format, ...)
+{
+    core_event event = {.type = CORE_EVENT_LOG, .disk = CORE_NO_DISK, .value = (uint64_t)level};
+    va_list args;
+
+    va_start(args, format);
+    vsnprintf(event.text, sizeof(event.text), format, args);
+    va_end(args);
+    group_emit(g, &event);
+}
+
+void group_io_error(struct group *g, uint32_t disk, int error, const char *what)
+{
+    core_event event = {.type = CORE_EVENT_IO_ERROR, .disk = disk, .result = error};
+
+    if (disk < g->config.disks)
+        snprintf(event.text, sizeof(event.text), "%s of disk \"%s\": %s", what,
+                 g->config.disk[disk].name, strerror(-error));
+    else
+        snprintf(event.text, sizeof(event.text), "%s: %s", what, strerror(-error));
+    memcpy(g->error, event.text, sizeof(g->error));
+    group_emit(g, &event);
+}
+
+void group_pressure(struct group *g, bool held)
+{
+    static const uint32_t marks[] = {50, 75, 90};
+    uint32_t percent = group_pressure_percent(g), mark = 0;
+    core_event event = {.type = CORE_EVENT_PRESSURE, .disk = CORE_NO_DISK};
+
+    for (uint32_t i = 0; i < sizeof(marks) / sizeof(marks[0]); i++)
+        if (percent >= marks[i])
+            mark = marks[i];
+    if (held)
+        mark = 100;
+    if (mark > g->pressure_told) {
+        event.value = percent;
+        event.first = held;
+        group_emit(g, &event);
+    }
+    /* Going down is told by the next crossing upwards; ten percent below the mark, so that
+     * use around a mark is not a stream of events. */
+    if (mark > g->pressure_told || percent + 10 <= g->pressure_told)
+        g->pressure_told = mark;
+}

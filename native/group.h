@@ -1,0 +1,95 @@
+/* group.h - one consistency group: its arena, epochs, journal and apply, with nothing of
+ * rings or threads, so that the tests' simulator can run it on a simulated disk.
+ *
+ * Owner: the reactor thread (before that the thread that opens it, in the simulator the
+ * test). Whoever owns it calls group_step() after completions, jobs and verbs until it
+ * returns false, and keeps now_ns current.
+ */
+#ifndef EPOCHD_GROUP_H
+#define EPOCHD_GROUP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <zstd.h>
+
+#include "apply.h"
+#include "arena.h"
+#include "checkpoint.h"
+#include "core.h"
+#include "disk.h"
+#include "epoch.h"
+#include "journal.h"
+#include "pack.h"
+#include "worker.h"
+
+/* Never given to guest writes: packing needs an output segment most when all is full. */
+#define GROUP_RESERVED_SEGMENTS 2u
+#define GROUP_RETRY_NS 1000000000ull /* after an I/O error that nobody waits for */
+
+struct group_stats {
+    uint64_t seals, commits, applies, discards;
+    uint64_t compressed_frames, incompressible_frames, zero_frames, dropped_frames;
+    uint64_t compress_ns, commit_ns_last, seal_ns_last, apply_ns_last;
+    uint64_t journal_bytes, image_bytes;
+};
+
+struct group {
+    core_config config;
+    struct disk *disk;
+    struct arena arena;
+    struct epoch *epoch[CORE_EPOCHS_MAX]; /* oldest first; the last one is open */
+    uint32_t epochs;
+    uint32_t mode;              /* enum core_mode */
+    uint64_t generation;
+    uint64_t committed;         /* newest durable epoch */
+    uint64_t applied;           /* newest epoch wholly in the images */
+    uint64_t seq;               /* of the next frame */
+    uint64_t expected_blocks;   /* size hint for the next epoch's index */
+    uint64_t now_ns;            /* CLOCK_MONOTONIC, as of this round */
+    ZSTD_DCtx *expand;
+    uint8_t *scratch;           /* 2 x BLOCK_BYTES */
+    struct worker worker;
+    struct journal journal;
+    struct apply apply;
+    struct pack pack;
+    struct checkpoint checkpoint;
+    struct group_stats stats;
+    uint32_t pressure_told;     /* percent of the last ARENA_PRESSURE, 0 below all marks */
+    char error[CORE_TEXT_MAX];  /* standing I/O error */
+    void (*event)(void *owner, const core_event *event);
+    void *event_owner;
+};
+
+/* Opens journal and arena on the given seam and recovers; see recover.c for the table. */
+int group_open(struct group *g, const core_config *config, struct disk *disk, char *text);
+/* Starts the helper. */
+int group_start(struct group *g, int notify_fd, bool inline_jobs);
+void group_close(struct group *g);
+
+/* Advances whatever can advance; true: call again. */
+bool group_step(struct group *g);
+/* When group_step() is due again without any completion, in ns; 0: never. */
+uint64_t group_timer(const struct group *g);
+
+/* Events towards Python. */
+void group_emit(struct group *g, core_event *event);
+void group_log(struct group *g, int level, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+void group_io_error(struct group *g, uint32_t disk, int error, const char *what);
+
+/* Compares arena use with the marks and tells about a new one. */
+void group_pressure(struct group *g, bool held);
+
+static inline uint32_t group_pressure_percent(const struct group *g)
+{
+    const struct arena *a = &g->arena;
+
+    return (uint32_t)((uint64_t)(a->segments - a->free_count) * 100 / a->segments);
+}
+
+#define LOG_DEBUG 10
+#define LOG_INFO 20
+#define LOG_WARNING 30
+#define LOG_ERROR 40
+
+#endif

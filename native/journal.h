@@ -1,0 +1,143 @@
+/* journal.h - the write-ahead journal: superblock, record ring, commit.
+ *
+ * The durable commit record is the only commit point. A commit writes the segments of its
+ * epochs from where they lie in the arena, and a header that covers them by checksum; waits
+ * for all completions; then fdatasync; then acknowledges. Nothing orders the writes among
+ * themselves: a record that is not whole has a wrong checksum and does not count.
+ *
+ * Owner: the reactor thread. Errors: any failed write or flush fails the commit as a whole;
+ * the epochs are sealed again and a repeat writes everything anew, since after a failed
+ * flush nothing may be assumed written. What stands at the tail then may be a whole record
+ * all the same: a discard has to void it first (journal_void()).
+ * docs: native/RECOVERY.md has the fault model and the recovery table.
+ */
+#ifndef EPOCHD_JOURNAL_H
+#define EPOCHD_JOURNAL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "disk.h"
+#include "epoch.h"
+#include "format.h"
+#include "worker.h"
+
+struct group;
+
+#define JOURNAL_EPOCH_STEP 4096u /* ids reserved at once */
+#define JOURNAL_WRITE_MAX (4u * SEGMENT_BYTES) /* neighbours written as one */
+#define JOURNAL_WRITES_MAX 16u   /* in flight */
+#define JOURNAL_INLINE_BYTES 262144u /* up to this, checksums are not worth a helper */
+
+/* A record that the images lack still. */
+struct journal_pending {
+    uint64_t lsn_end, epoch_last;
+};
+
+/* One segment of the commit in progress. */
+struct commit_segment {
+    uint32_t segment, bytes, crc;
+    uint64_t epoch;
+    uint64_t lsn;
+};
+
+struct commit_write {
+    struct disk_op op;
+    struct iovec iov;
+    bool busy;
+};
+
+enum commit_phase {
+    COMMIT_IDLE, COMMIT_JOBS, COMMIT_SPACE, COMMIT_WRITE, COMMIT_SYNC, COMMIT_FINISHED
+};
+
+struct commit {
+    enum commit_phase phase;
+    uint64_t first, last;          /* epochs */
+    struct commit_segment *segment;
+    uint32_t segments, segments_max;
+    uint32_t checked;              /* segments whose checksums are done */
+    uint32_t written;              /* segments given to writes */
+    uint32_t busy;                 /* writes in flight */
+    bool header_written, job_busy;
+    uint32_t job_end;
+    struct job job;
+    uint8_t *header;               /* record_header and table */
+    uint64_t header_max;
+    uint64_t record_bytes;
+    int error;
+    uint64_t start_ns;
+    struct commit_write write[JOURNAL_WRITES_MAX];
+    struct disk_op sync;
+};
+
+/* Somebody who waits until the superblock is durable. */
+struct super_waiter {
+    void (*done)(struct group *g, int error);
+    uint64_t version;
+};
+#define SUPER_WAITERS_MAX 4u
+
+struct journal {
+    uint64_t ring_bytes, file_bytes;
+    uint64_t head_lsn;             /* first record that the images lack ... */
+    uint64_t head_applied;         /* ... and the last epoch before it: what is saved next */
+    uint64_t free_lsn;             /* head_lsn as it is durable: below it may be overwritten */
+    uint64_t tail_lsn;
+    uint64_t epoch_limit;          /* durable: ids below may be used */
+    uint64_t super_seq;
+    uint8_t group[16];
+    struct journal_disk disk[JOURNAL_DISKS_MAX];
+    uint32_t disks;
+    bool clean;                    /* the page to be written is a clean stop's */
+    struct journal_pending pending[CORE_EPOCHS_MAX];
+    uint32_t pending_first, pending_count;
+    bool tail_suspect;             /* a failed commit may have left a whole record */
+    struct commit commit;
+    struct journal_super *super;   /* the page being written */
+    uint64_t super_version, super_writing;
+    bool super_busy;
+    bool limit_pending;
+    struct super_waiter waiter[SUPER_WAITERS_MAX];
+    uint32_t waiters;
+    uint64_t super_limit;          /* epoch_limit in the page being written */
+    struct disk_op super_op;
+    struct iovec super_iov;
+    struct disk_op void_op;
+    struct iovec void_iov;
+    uint8_t *void_page;
+    void (*void_done)(struct group *g, int error);
+};
+
+int journal_init(struct journal *j);
+void journal_free(struct journal *j);
+
+/* Byte in the file where the position lies. */
+static inline uint64_t journal_offset(const struct journal *j, uint64_t lsn)
+{
+    return JOURNAL_LOG_OFFSET + lsn % j->ring_bytes;
+}
+static inline uint64_t journal_used(const struct journal *j)
+{
+    return j->tail_lsn - j->free_lsn;
+}
+uint64_t journal_ring_bytes(uint64_t file_bytes);
+
+/* Superblock. fill: the page as of now. save: write it and tell `done` when it is durable. */
+void journal_super_fill(struct group *g, struct journal_super *page);
+uint32_t journal_super_crc(const struct journal_super *page);
+void journal_super_save(struct group *g, uint64_t epoch_limit,
+                        void (*done)(struct group *g, int error));
+
+/* Commit all sealed epochs up to `last`. The outcome is in commit.phase (COMMIT_FINISHED)
+ * and commit.error; journal_commit_end() takes note of it. */
+void journal_commit_begin(struct group *g, uint64_t last);
+int journal_commit_end(struct group *g);
+bool journal_step(struct group *g);
+
+/* Makes sure that no whole record stands at the tail. */
+void journal_void(struct group *g, void (*done)(struct group *g, int error));
+
+uint32_t journal_record_crc(const struct record_header *h);
+
+#endif

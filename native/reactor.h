@@ -1,0 +1,93 @@
+/* reactor.h - the thread that owns rings, group and disk I/O; and how the control thread
+ * talks to it.
+ *
+ * Commands: a locked list and an eventfd. Events: a locked list and another eventfd. Neither
+ * lock is taken while requests are served. Busy, the reactor polls rings and completions;
+ * after spin_us without work it asks the drivers for kicks and sleeps in io_uring, which
+ * also waits for the eventfds.
+ */
+#ifndef EPOCHD_REACTOR_H
+#define EPOCHD_REACTOR_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "blk.h"
+#include "disk_uring.h"
+#include "group.h"
+#include "ring.h"
+
+enum command_kind {
+    /* of the group */
+    COMMAND_VERB = 1, COMMAND_QUERY_STATUS, COMMAND_QUERY_EPOCHS, COMMAND_QUERY_DISK, COMMAND_EXIT,
+    /* of a disk's front end */
+    COMMAND_MEMORY, COMMAND_LOG, COMMAND_INFLIGHT, COMMAND_FEATURES, COMMAND_SIZE, COMMAND_ADDR,
+    COMMAND_BASE, COMMAND_KICK, COMMAND_CALL, COMMAND_ERR, COMMAND_ENABLE, COMMAND_STOP,
+    COMMAND_RESET
+};
+
+struct command {
+    enum command_kind kind;
+    uint64_t token;
+    uint32_t disk, queue;
+    struct verb verb;
+    struct memory *memory;
+    struct mapping *mapping;
+    uint64_t offset, bytes;
+    uint32_t queues, queue_size;
+    uint64_t value;               /* features, size, base, enable */
+    uint32_t flags;
+    uint64_t desc, avail, used, log;
+    int fd;
+    void *out;                    /* queries */
+    uint32_t max;
+    int64_t result;
+    bool answered;
+    struct command *next;
+};
+
+struct event_node {
+    core_event event;
+    struct event_node *next;
+};
+
+#define EVENTS_MAX 4096u          /* of the kinds that may be dropped */
+#define POLL_BUDGET 64u           /* requests a ring a round */
+#define RINGS_MAX (CORE_DISKS_MAX * CORE_QUEUES_MAX)
+#define SLEEP_POLLED_NS 200000ull /* with a ring that has no kick descriptor */
+
+struct reactor {
+    struct group group;
+    struct disk_uring *uring;
+    struct blk blk[CORE_DISKS_MAX];
+    struct ring *running[RINGS_MAX];
+    uint32_t running_count;
+    bool polled_ring;             /* one of them has no kick descriptor */
+    struct chain chain;           /* of the request in hand */
+    uint8_t *block;               /* one block, for reads */
+    pthread_t thread;
+    bool started, exit;
+    int wake_fd;                  /* control or helper thread -> reactor */
+    int event_fd;                 /* reactor -> control thread */
+    pthread_mutex_t command_lock;
+    struct command *command_first, *command_last;
+    uint32_t commands;            /* in the list; read without the lock */
+    pthread_mutex_t event_lock;
+    struct event_node *event_first, *event_last;
+    uint32_t events, events_lost;
+    pthread_mutex_t query_lock;
+    pthread_cond_t query_done;
+};
+
+struct core {
+    struct reactor reactor;
+};
+
+void *reactor_main(void *arg);
+void reactor_emit(struct reactor *r, const core_event *event);
+void reactor_done(struct reactor *r, const struct command *c, int64_t result, uint64_t value,
+                  const char *text);
+void reactor_running_changed(struct reactor *r);
+
+#endif

@@ -1,0 +1,533 @@
+/* recover.c - group_open(): from whatever journal and arena there are to a running group.
+ *
+ * Start and restart are this one path. The table of cases is in native/RECOVERY.md; in short:
+ * the superblock says where the records begin; records that are whole are committed; with
+ * the arena of this boot at hand their epochs, and the sealed and open ones, are in it;
+ * without it they are read back from the journal, and what was not committed is gone.
+ */
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "checksum.h"
+#include "group.h"
+
+typedef unsigned long long ull;
+
+#define SCAN_BYTES 1048576u
+
+struct recovery {
+    struct group *g;
+    struct journal_super super;
+    bool fresh;                 /* the arena is new */
+    uint8_t *buffer;            /* SCAN_BYTES, page-aligned */
+    uint64_t epoch_limit;       /* the highest seen */
+    bool torn_header;           /* a header for the tail's position is there, its data not */
+    uint64_t torn_last;         /* its newest epoch */
+    bool recommit;              /* acknowledged epochs that the journal has lost */
+    char *text;
+};
+
+__attribute__((format(printf, 3, 4)))
+static int refuse(struct recovery *r, int error, const char *format, ...)
+{
+    va_list args;
+
+    va_start(args, format);
+    vsnprintf(r->text, CORE_TEXT_MAX, format, args);
+    va_end(args);
+    return error;
+}
+
+static int transfer(struct group *g, enum disk_opcode opcode, uint64_t offset, void *at,
+                    uint64_t bytes)
+{
+    struct iovec iov = {.iov_base = at, .iov_len = bytes};
+    struct disk_op op = {.opcode = opcode, .file = DISK_JOURNAL, .offset = offset, .bytes = bytes,
+                         .iov = &iov, .iov_count = 1};
+    int64_t result = disk_run(g->disk, &op);
+
+    return result < 0 ? (int)result : 0;
+}
+
+static int flush(struct group *g)
+{
+    struct disk_op op = {.opcode = DISK_SYNC, .file = DISK_JOURNAL};
+    int64_t result = disk_run(g->disk, &op);
+
+    return result < 0 ? (int)result : 0;
+}
+
+static int ring_read(struct recovery *r, uint64_t lsn, void *to, uint64_t bytes)
+{
+    struct journal *j = &r->g->journal;
+    uint64_t to_end = j->ring_bytes - lsn % j->ring_bytes;
+    uint64_t first = bytes < to_end ? bytes : to_end;
+    int error = transfer(r->g, DISK_READ, journal_offset(j, lsn), to, first);
+
+    if (!error && first < bytes)
+        error = transfer(r->g, DISK_READ, journal_offset(j, lsn + first), (uint8_t *)to + first,
+                         bytes - first);
+    if (error)
+        return refuse(r, error, "journal: reading at offset %llu failed: %s",
+                      (ull)journal_offset(j, lsn), strerror(-error));
+    return 0;
+}
+
+/* ---- Superblock ----------------------------------------------------------------------- */
+
+static bool super_valid(const struct journal_super *s)
+{
+    return s->magic == JOURNAL_MAGIC && s->version == JOURNAL_VERSION &&
+           s->crc == journal_super_crc(s) && s->disks <= JOURNAL_DISKS_MAX &&
+           s->head_lsn % PAGE == 0;
+}
+
+static int read_super(struct recovery *r)
+{
+    struct journal *j = &r->g->journal;
+    bool found = false;
+
+    for (uint32_t slot = 0; slot < JOURNAL_SUPER_SLOTS; slot++) {
+        const struct journal_super *s = (const struct journal_super *)r->buffer;
+
+        if (transfer(r->g, DISK_READ, (uint64_t)slot * JOURNAL_SUPER_STRIDE, r->buffer, PAGE))
+            continue;
+        if (super_valid(s) && (!found || s->super_seq > r->super.super_seq)) {
+            r->super = *s;
+            found = true;
+        }
+    }
+    if (!found)
+        return refuse(r, -EINVAL, "journal: neither superblock can be read; it is damaged, or "
+                                  "not a journal of this version");
+    memcpy(j->group, r->super.group, sizeof(j->group));
+    j->file_bytes = r->super.file_bytes;
+    j->ring_bytes = journal_ring_bytes(j->file_bytes);
+    j->super_seq = r->super.super_seq;
+    j->head_lsn = j->free_lsn = j->tail_lsn = r->super.head_lsn;
+    j->head_applied = r->super.applied;
+    j->epoch_limit = j->super_limit = r->epoch_limit = r->super.epoch_limit;
+    r->g->mode = r->super.mode;
+    r->g->generation = r->super.generation;
+    r->g->applied = r->g->committed = r->super.applied;
+    return 0;
+}
+
+/* The images must be those that the frames in journal and arena were written for. */
+static int check_disks(struct recovery *r)
+{
+    struct journal *j = &r->g->journal;
+    const core_config *config = &r->g->config;
+
+    if (r->super.disks != config->disks)
+        return refuse(r, -EINVAL, "journal: it belongs to a group of %u disks, this one has %u",
+                      r->super.disks, config->disks);
+    j->disks = config->disks;
+    for (uint32_t i = 0; i < config->disks; i++) {
+        const struct journal_disk *was = &r->super.disk[i];
+        const core_disk_config *now = &config->disk[i];
+
+        if (strncmp(was->name, now->name, sizeof(was->name)) != 0)
+            return refuse(r, -EINVAL, "journal: its disk %u is \"%.31s\", not \"%.31s\"", i,
+                          was->name, now->name);
+        if (was->identity != now->identity)
+            return refuse(r, -EINVAL, "journal: it belongs to another image of disk \"%.31s\" "
+                          "(inode %llu, this one is %llu); use that image, or remove the "
+                          "journal to give up what it holds", now->name, (ull)was->identity,
+                          (ull)now->identity);
+        if (now->size_bytes < was->size_bytes)
+            return refuse(r, -EINVAL, "journal: the image of disk \"%.31s\" has shrunk from %llu "
+                          "to %llu bytes", now->name, (ull)was->size_bytes,
+                          (ull)now->size_bytes);
+        j->disk[i] = *was;
+        j->disk[i].size_bytes = now->size_bytes;
+    }
+    return 0;
+}
+
+/* ---- Records -------------------------------------------------------------------------- */
+
+static bool header_valid(const struct journal *j, const struct record_header *h, uint64_t lsn)
+{
+    return h->magic == RECORD_MAGIC && h->version == JOURNAL_VERSION && h->lsn == lsn &&
+           memcmp(h->group, j->group, sizeof(h->group)) == 0 &&
+           h->header_bytes == record_header_bytes(h->segments) &&
+           h->record_bytes >= h->header_bytes && h->record_bytes <= j->ring_bytes &&
+           h->record_bytes % PAGE == 0 && h->epoch_first <= h->epoch_last;
+}
+
+/* Reads the whole header at the position; *out is NULL when there is none that counts. */
+static int read_header(struct recovery *r, uint64_t lsn, struct record_header **out)
+{
+    struct journal *j = &r->g->journal;
+    struct record_header *h = (struct record_header *)r->buffer;
+    uint8_t *copy;
+    uint32_t bytes;
+    int error;
+
+    *out = NULL;
+    error = ring_read(r, lsn, r->buffer, PAGE);
+    if (error || !header_valid(j, h, lsn))
+        return error;
+    bytes = h->header_bytes;
+    copy = aligned_alloc(PAGE, bytes);
+    if (!copy)
+        return refuse(r, -ENOMEM, "no memory for a journal record's header");
+    error = ring_read(r, lsn, copy, bytes);
+    h = (struct record_header *)copy;
+    if (error || !header_valid(j, h, lsn) || h->header_bytes != bytes ||
+        h->crc != journal_record_crc(h)) {
+        free(copy);
+        return error;
+    }
+    *out = h;
+    return 0;
+}
+
+/* Are these the frames that the record's table speaks of? */
+static bool frames_whole(const uint8_t *at, uint32_t bytes, uint32_t want, uint32_t disks,
+                         const uint64_t *blocks_max)
+{
+    uint32_t offset = 0, crc = 0;
+
+    while (offset < bytes) {
+        const struct frame_header *h = (const struct frame_header *)(at + offset);
+
+        if (!frame_plausible(h, bytes - offset) || h->crc != frame_crc(h) || h->disk >= disks ||
+            h->block + h->blocks > blocks_max[h->disk])
+            return false;
+        crc = checksum_crc32c(crc, h, sizeof(*h));
+        offset += frame_bytes(h->payload_bytes);
+    }
+    return crc == want;
+}
+
+/* Reads the record's segments; into the arena when it is new. *whole: all checksums fit. */
+static int read_data(struct recovery *r, const struct record_header *h, bool *whole)
+{
+    const struct record_segment *table = (const struct record_segment *)(h + 1);
+    struct group *g = r->g;
+    uint64_t lsn = h->lsn + h->header_bytes, blocks_max[CORE_DISKS_MAX];
+    int error;
+
+    for (uint32_t i = 0; i < g->config.disks; i++)
+        blocks_max[i] = (g->config.disk[i].size_bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
+    *whole = false;
+    for (uint32_t i = 0; i < h->segments; i++) {
+        uint64_t padded = page_round_up(table[i].bytes);
+        uint8_t *to = r->buffer;
+        uint32_t segment = SEGMENT_NONE;
+
+        if (table[i].bytes == 0 || table[i].bytes > SEGMENT_BYTES ||
+            table[i].epoch < h->epoch_first || table[i].epoch > h->epoch_last ||
+            lsn + padded > h->lsn + h->record_bytes)
+            return 0;
+        if (r->fresh) {
+            segment = arena_segment_take(&g->arena, table[i].epoch, SEGMENT_PACKED);
+            if (segment == SEGMENT_NONE)
+                return refuse(r, -ENOSPC, "arena: too small for the committed epochs in the "
+                              "journal; start with --arena-size of at least %llu",
+                              (ull)(g->arena.bytes * 2));
+            to = arena_segment(&g->arena, segment);
+        }
+        error = ring_read(r, lsn, to, padded);
+        if (error)
+            return error;
+        if (!frames_whole(to, table[i].bytes, table[i].crc, g->config.disks, blocks_max))
+            return 0; /* segments taken so far are given back by the caller */
+        if (segment != SEGMENT_NONE)
+            g->arena.desc[segment].tail = table[i].bytes;
+        lsn += padded;
+    }
+    *whole = lsn == h->lsn + h->record_bytes;
+    return 0;
+}
+
+static int epochs_of_record(struct recovery *r, const struct record_header *h)
+{
+    struct group *g = r->g;
+    struct journal *j = &g->journal;
+
+    if (h->epoch_last - h->epoch_first >= CORE_EPOCHS_MAX - g->epochs - 1 ||
+        h->epoch_first <= g->committed)
+        return refuse(r, -EINVAL, "journal: record of epochs %llu..%llu does not follow %llu",
+                      (ull)h->epoch_first, (ull)h->epoch_last, (ull)g->committed);
+    for (uint64_t id = h->epoch_first; id <= h->epoch_last; id++) {
+        struct epoch *e = epoch_create(g, id);
+
+        if (!e)
+            return refuse(r, -ENOMEM, "no memory for epoch %llu", (ull)id);
+        e->state = CORE_EPOCH_COMMITTED;
+        e->frozen = true;
+    }
+    j->tail_lsn += h->record_bytes;
+    j->pending[j->pending_count++] =
+        (struct journal_pending){.lsn_end = j->tail_lsn, .epoch_last = h->epoch_last};
+    g->committed = h->epoch_last;
+    if (h->epoch_limit > r->epoch_limit)
+        r->epoch_limit = h->epoch_limit;
+    return 0;
+}
+
+/* Segments of a record that turned out torn. */
+static void give_back(struct recovery *r, const struct record_header *h)
+{
+    struct arena *a = &r->g->arena;
+
+    if (!r->fresh)
+        return;
+    for (uint32_t i = 0; i < a->segments; i++)
+        if (a->desc[i].state != SEGMENT_FREE && a->desc[i].epoch >= h->epoch_first)
+            arena_segment_free(a, i);
+}
+
+static int read_records(struct recovery *r)
+{
+    struct journal *j = &r->g->journal;
+    int error = 0;
+    bool whole = true;
+
+    while (!error && whole && journal_used(j) < j->ring_bytes) {
+        struct record_header *h;
+
+        error = read_header(r, j->tail_lsn, &h);
+        if (error || !h)
+            return error;
+        error = read_data(r, h, &whole);
+        if (!error && whole)
+            error = epochs_of_record(r, h);
+        if (!error && !whole) {
+            give_back(r, h);
+            r->torn_header = true;
+            r->torn_last = h->epoch_last;
+        }
+        free(h);
+    }
+    return error;
+}
+
+/* Without the arena, an unreadable record is a commit that was in flight only if nothing
+ * follows it. A record behind it was written after it had been acknowledged: damage. */
+static int search_behind_tail(struct recovery *r)
+{
+    struct journal *j = &r->g->journal;
+    uint64_t end = j->head_lsn + j->ring_bytes;
+
+    for (uint64_t lsn = j->tail_lsn; lsn < end; lsn += SCAN_BYTES) {
+        uint64_t bytes = end - lsn < SCAN_BYTES ? end - lsn : SCAN_BYTES;
+        int error = ring_read(r, lsn, r->buffer, bytes);
+
+        if (error)
+            return error;
+        for (uint64_t at = 0; at < bytes; at += PAGE) {
+            const struct record_header *h = (const struct record_header *)(r->buffer + at);
+
+            if (lsn + at > j->tail_lsn && header_valid(j, h, lsn + at))
+                return refuse(r, -EBADMSG, "journal: damaged at offset %llu: epochs "
+                              "%llu..%llu are recorded behind it, so an acknowledged epoch "
+                              "is lost; nothing was changed",
+                              (ull)journal_offset(j, j->tail_lsn), (ull)h->epoch_first,
+                              (ull)h->epoch_last);
+        }
+    }
+    return 0;
+}
+
+/* A torn record must not become whole by what is written over its data later. */
+static int void_tail(struct recovery *r)
+{
+    struct journal *j = &r->g->journal;
+    int error;
+
+    memset(r->buffer, 0, PAGE);
+    error = transfer(r->g, DISK_WRITE, journal_offset(j, j->tail_lsn), r->buffer, PAGE);
+    if (!error)
+        error = flush(r->g);
+    if (error)
+        return refuse(r, error, "journal: voiding a torn record failed: %s", strerror(-error));
+    return 0;
+}
+
+/* ---- Epochs in the arena --------------------------------------------------------------- */
+
+static int create_uncommitted(struct recovery *r)
+{
+    struct group *g = r->g;
+    struct arena_header *h = g->arena.header;
+
+    if (h->base > h->open) /* a discard was under way: finish it */
+        h->open = h->base;
+    if (h->open <= g->committed || h->open - g->committed > UINT32_MAX ||
+        h->base == 0)
+        return refuse(r, -EINVAL, "arena: its open epoch %llu does not go with the journal, "
+                      "which has committed %llu; remove it from /dev/shm to give up what is "
+                      "not committed", (ull)h->open, (ull)g->committed);
+    for (uint64_t id = h->base > g->committed ? h->base : g->committed + 1; id <= h->open; id++) {
+        struct epoch *e;
+
+        if (g->epochs == CORE_EPOCHS_MAX)
+            return refuse(r, -EINVAL, "arena: more than %u epochs", CORE_EPOCHS_MAX);
+        e = epoch_create(g, id);
+        if (!e)
+            return refuse(r, -ENOMEM, "no memory for epoch %llu", (ull)id);
+        e->state = id == h->open ? CORE_EPOCH_OPEN : CORE_EPOCH_SEALED;
+    }
+    if (h->committed > g->committed)
+        r->recommit = true;
+    return 0;
+}
+
+static int adopt_segments(struct recovery *r)
+{
+    struct group *g = r->g;
+    struct arena *a = &g->arena;
+
+    for (uint32_t i = 0; i < a->segments; i++) {
+        struct segment_desc *d = &a->desc[i];
+        struct epoch *e;
+
+        if (d->state == SEGMENT_FREE)
+            continue;
+        if (d->state > SEGMENT_PACKED || d->tail > SEGMENT_BYTES)
+            return refuse(r, -EINVAL, "arena: the entry of segment %u is damaged", i);
+        e = epoch_by_id(g, d->epoch);
+        if (!e || d->tail == 0) {
+            d->state = SEGMENT_FREE; /* discarded, applied, or just taken */
+            continue;
+        }
+        segment_list_append(a, d->state == SEGMENT_RAW ? &e->raw_list : &e->kept_list, i);
+    }
+    arena_collect_free(a);
+    for (uint32_t i = 0; i < g->epochs; i++) {
+        int error = epoch_reindex(g, g->epoch[i]);
+
+        if (error)
+            return refuse(r, error, "arena: frames of epoch %llu cannot be read: %s",
+                          (ull)g->epoch[i]->id, strerror(-error));
+    }
+    return 0;
+}
+
+static int begin_fresh(struct recovery *r)
+{
+    struct group *g = r->g;
+    struct arena_header *h = g->arena.header;
+    uint64_t open = r->epoch_limit > g->committed ? r->epoch_limit : g->committed + 1;
+
+    if (!epoch_create(g, open))
+        return refuse(r, -ENOMEM, "no memory for epoch %llu", (ull)open);
+    h->base = h->open = open;
+    return 0;
+}
+
+/* ---- All of it ------------------------------------------------------------------------- */
+
+static int save_super(struct recovery *r)
+{
+    struct journal *j = &r->g->journal;
+    uint64_t limit = epoch_open(r->g)->id + JOURNAL_EPOCH_STEP;
+    int error;
+
+    j->super_limit = r->epoch_limit > limit ? r->epoch_limit : limit;
+    j->super_seq++;
+    journal_super_fill(r->g, j->super);
+    error = transfer(r->g, DISK_WRITE, j->super_seq % JOURNAL_SUPER_SLOTS * JOURNAL_SUPER_STRIDE,
+                     j->super, PAGE);
+    if (!error)
+        error = flush(r->g);
+    if (error)
+        return refuse(r, error, "journal: writing the superblock failed: %s", strerror(-error));
+    j->epoch_limit = j->super_limit;
+    return 0;
+}
+
+static int recover(struct recovery *r)
+{
+    struct group *g = r->g;
+    int error;
+
+    error = read_super(r);
+    if (!error)
+        error = check_disks(r);
+    if (error)
+        return error;
+    /* What reads back now must read back after a power cut too. */
+    error = flush(g);
+    if (error)
+        return refuse(r, error, "journal: flush failed: %s", strerror(-error));
+    error = arena_attach(&g->arena, g->config.arena_fd, g->config.arena_bytes, g->journal.group,
+                         g->config.boot_id, &r->fresh, r->text);
+    if (error)
+        return error;
+    if (r->fresh)
+        arena_collect_free(&g->arena);
+    error = read_records(r);
+    if (!error && r->fresh && !r->super.clean)
+        error = search_behind_tail(r);
+    if (!error && r->fresh && r->torn_header)
+        error = void_tail(r);
+    if (!error)
+        error = r->fresh ? begin_fresh(r) : create_uncommitted(r);
+    if (!error)
+        error = adopt_segments(r);
+    if (!error)
+        error = save_super(r);
+    return error;
+}
+
+static void tell(struct recovery *r)
+{
+    struct group *g = r->g;
+
+    if (r->fresh && r->torn_header)
+        group_log(g, LOG_WARNING, "the commit up to epoch %llu was in flight at the crash and "
+                  "is void", (ull)r->torn_last);
+    if (g->journal.pending_count)
+        group_log(g, LOG_INFO, "recovered: %u committed records are to be applied, up to epoch "
+                  "%llu", g->journal.pending_count, (ull)g->committed);
+    if (!r->fresh)
+        group_log(g, LOG_INFO, "reattached the arena: open epoch %llu, committed %llu, %llu of "
+                  "%u segments used", (ull)epoch_open(g)->id, (ull)g->committed,
+                  (ull)(g->arena.segments - g->arena.free_count), g->arena.segments);
+    if (r->recommit)
+        group_log(g, LOG_ERROR, "the journal has lost acknowledged epochs up to %llu; they are "
+                  "in the arena still and are committed anew",
+                  (ull)g->arena.header->committed);
+}
+
+int group_open(struct group *g, const core_config *config, struct disk *disk, char *text)
+{
+    struct recovery r = {.g = g, .text = text};
+    struct verb again = {.kind = VERB_COMMIT};
+    int error;
+
+    g->config = *config;
+    g->disk = disk;
+    g->seq = 1;
+    g->worker.wake_fd = -1; /* not started yet */
+    g->expand = ZSTD_createDCtx();
+    g->scratch = aligned_alloc(PAGE, 2 * BLOCK_BYTES);
+    r.buffer = aligned_alloc(PAGE, SCAN_BYTES);
+    if (!g->expand || !g->scratch || !r.buffer || journal_init(&g->journal) || apply_init(g) ||
+        pack_init(g))
+        error = refuse(&r, -ENOMEM, "no memory to start");
+    else
+        error = recover(&r);
+    free(r.buffer);
+    if (error) {
+        group_close(g);
+        return error;
+    }
+    if (!r.fresh && r.torn_header)
+        g->journal.tail_suspect = true;
+    if (r.recommit) {
+        again.epoch = g->arena.header->committed;
+        checkpoint_submit(g, &again);
+    }
+    g->arena.header->committed = r.recommit ? g->arena.header->committed : g->committed;
+    __atomic_store_n(&g->arena.header->magic, ARENA_MAGIC, __ATOMIC_RELEASE);
+    tell(&r);
+    return 0;
+}

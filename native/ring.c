@@ -1,0 +1,480 @@
+/* ring.c - see ring.h. */
+#include "ring.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "reactor.h"
+
+typedef unsigned long long ull;
+
+#define F_EVENT_IDX (1ull << VIRTIO_RING_F_EVENT_IDX)
+
+/* One load each from memory that the guest may change meanwhile. */
+#define load_once(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define store_once(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+
+uint64_t inflight_queue_bytes(uint32_t queue_size)
+{
+    uint64_t bytes = sizeof(struct inflight_queue) +
+                     (uint64_t)queue_size * sizeof(struct inflight_desc);
+
+    return (bytes + 63) & ~63ull;
+}
+
+/* ---- Life ------------------------------------------------------------------------------ */
+
+void ring_init(struct ring *r, struct blk *b, uint32_t index)
+{
+    memset(r, 0, sizeof(*r));
+    r->blk = b;
+    r->index = index;
+    r->kick_fd = r->call_fd = r->err_fd = -1;
+}
+
+static void close_fd(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+void ring_reset(struct ring *r)
+{
+    blk_unwatch(r);
+    close_fd(&r->kick_fd);
+    close_fd(&r->call_fd);
+    close_fd(&r->err_fd);
+    free(r->resubmit);
+    ring_init(r, r->blk, r->index);
+}
+
+void ring_break(struct ring *r, const char *format, ...)
+{
+    uint64_t one = 1;
+    va_list args;
+
+    if (r->broken)
+        return;
+    va_start(args, format);
+    vsnprintf(r->reason, sizeof(r->reason), format, args);
+    va_end(args);
+    r->broken = true;
+    r->running = false;
+    if (r->err_fd >= 0 && write(r->err_fd, &one, sizeof(one)) < 0) {
+        /* the front end's loss: the reason is in our log and status */
+    }
+    blk_ring_broken(r);
+}
+
+void ring_resolve(struct ring *r)
+{
+    const struct memory *m = r->blk->memory;
+    uint64_t n = r->size;
+
+    r->desc = NULL;
+    r->avail = NULL;
+    r->used = NULL;
+    if (!m || !r->has_addr || n == 0)
+        return;
+    if (r->desc_user % 16 || r->avail_user % 2 || r->used_user % 4) {
+        ring_break(r, "ring addresses %#llx, %#llx, %#llx are not aligned to 16, 2 and 4 bytes",
+                   (ull)r->desc_user, (ull)r->avail_user, (ull)r->used_user);
+        return;
+    }
+    /* Both rings end in the 16-bit event index. */
+    r->desc = (void *)memory_at_user(m, r->desc_user, n * sizeof(struct vring_desc));
+    r->avail = (void *)memory_at_user(m, r->avail_user, 4 + n * 2 + 2);
+    r->used = (void *)memory_at_user(m, r->used_user, 4 + n * sizeof(struct vring_used_elem) + 2);
+    if (r->kicked && (!r->desc || !r->avail || !r->used))
+        ring_break(r, "ring addresses %#llx, %#llx, %#llx are outside of the guest's memory",
+                   (ull)r->desc_user, (ull)r->avail_user, (ull)r->used_user);
+}
+
+/* ---- In-flight region ------------------------------------------------------------------- */
+
+struct found {
+    uint64_t counter;
+    uint16_t head;
+};
+
+static int by_counter(const void *a, const void *b)
+{
+    uint64_t x = ((const struct found *)a)->counter, y = ((const struct found *)b)->counter;
+
+    return x < y ? -1 : x > y;
+}
+
+/* The last batch was shown to the driver but not taken out of the region: do it now. */
+static void finish_batch(struct ring *r)
+{
+    struct inflight_queue *q = r->record;
+    uint16_t n = (uint16_t)(r->used_idx - q->used_idx), head = q->last_batch_head;
+
+    for (uint16_t i = 0; i < n && head < r->record_size && i < r->size; i++) {
+        q->desc[head].inflight = 0;
+        head = q->desc[head].next;
+    }
+    q->used_idx = r->used_idx;
+}
+
+static void recover_inflight(struct ring *r)
+{
+    struct inflight_queue *q = r->record;
+    struct found *found;
+    uint32_t count = 0;
+
+    if (q->version != 1) { /* new: zeroed by whoever made it */
+        q->version = 1;
+        q->desc_num = r->record_size;
+        q->used_idx = r->used_idx;
+        return;
+    }
+    finish_batch(r);
+    found = calloc(r->record_size, sizeof(*found));
+    free(r->resubmit);
+    r->resubmit = calloc(r->record_size, sizeof(*r->resubmit));
+    if (!found || !r->resubmit) {
+        free(found);
+        ring_break(r, "no memory for the requests in flight");
+        return;
+    }
+    for (uint16_t i = 0; i < r->record_size && i < r->size; i++) {
+        if (!q->desc[i].inflight)
+            continue;
+        found[count++] = (struct found){.counter = q->desc[i].counter, .head = i};
+        if (q->desc[i].counter >= r->counter)
+            r->counter = q->desc[i].counter + 1;
+    }
+    qsort(found, count, sizeof(*found), by_counter);
+    for (uint32_t i = 0; i < count; i++)
+        r->resubmit[i] = found[i].head;
+    free(found);
+    r->resubmits = count;
+    r->resubmit_next = 0;
+    /* What is neither used nor in flight was never taken. */
+    r->last_avail = (uint16_t)(r->used_idx + count);
+}
+
+static void record_take(struct ring *r, uint16_t head)
+{
+    if (r->record && head < r->record_size) {
+        r->record->desc[head].counter = r->counter++;
+        __atomic_store_n(&r->record->desc[head].inflight, 1, __ATOMIC_RELEASE);
+    }
+}
+
+static void record_untake(struct ring *r, uint16_t head)
+{
+    if (r->record && head < r->record_size)
+        __atomic_store_n(&r->record->desc[head].inflight, 0, __ATOMIC_RELEASE);
+}
+
+/* ---- Starting and stopping -------------------------------------------------------------- */
+
+void ring_update(struct ring *r)
+{
+    const struct blk *b = r->blk;
+    bool enabled = r->enabled || !(b->features & BLK_F_PROTOCOL_FEATURES);
+    bool run = r->desc && r->avail && r->used && r->kicked && enabled && !r->broken &&
+               !r->stopping;
+
+    if (run == r->running)
+        return;
+    r->running = run;
+    if (!run) {
+        blk_running_changed(r->blk);
+        return;
+    }
+    r->held = false;
+    if (r->fresh) {
+        r->fresh = false;
+        r->used_idx = r->published = load_once(&r->used->idx);
+        r->called_valid = false;
+        if (r->record)
+            recover_inflight(r);
+    }
+    ring_want_kicks(r, false);
+    blk_watch(r);
+    blk_running_changed(r->blk);
+}
+
+/* ---- Kicks and calls -------------------------------------------------------------------- */
+
+static void log_used(struct ring *r, uint64_t offset, uint64_t bytes)
+{
+    if (r->blk->log && r->addr_flags & VHOST_VRING_LOG)
+        dirty_log_mark(r->blk->log, r->used_guest + offset, bytes);
+}
+
+void ring_want_kicks(struct ring *r, bool want)
+{
+    if (!r->running)
+        return;
+    if (r->blk->features & F_EVENT_IDX) {
+        uint16_t *avail_event = (uint16_t *)&r->used->ring[r->size];
+
+        /* Unwanted: the event index is left behind and no kick crosses it. */
+        if (!want)
+            return;
+        store_once(avail_event, r->last_avail);
+        log_used(r, 4 + (uint64_t)r->size * sizeof(struct vring_used_elem), 2);
+    } else {
+        store_once(&r->used->flags, (uint16_t)(want ? 0 : VRING_USED_F_NO_NOTIFY));
+        log_used(r, 0, 2);
+    }
+}
+
+bool ring_has_work(const struct ring *r)
+{
+    if (!r->running)
+        return false;
+    if (r->held && !epoch_room(&r->blk->core->group, r->held_blocks))
+        return false;
+    return r->resubmit_next < r->resubmits ||
+           __atomic_load_n(&r->avail->idx, __ATOMIC_ACQUIRE) != r->last_avail;
+}
+
+void ring_call(struct ring *r)
+{
+    uint64_t one = 1;
+
+    if (r->call_fd < 0)
+        return;
+    r->calls++;
+    if (write(r->call_fd, &one, sizeof(one)) < 0) {
+        /* EAGAIN: the counter is full, the driver has calls enough */
+    }
+}
+
+static bool call_wanted(struct ring *r)
+{
+    uint16_t before = r->called_at, now = r->published, event;
+    bool valid = r->called_valid;
+
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* our index is out before we read its wish */
+    r->called_at = now;
+    r->called_valid = true;
+    if (!(r->blk->features & F_EVENT_IDX))
+        return !(load_once(&r->avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
+    event = load_once(&r->avail->ring[r->size]);
+    return !valid || vring_need_event(event, now, before);
+}
+
+/* ---- Used ring -------------------------------------------------------------------------- */
+
+void ring_push(struct ring *r, uint16_t head, uint32_t len)
+{
+    uint32_t at = r->used_idx % r->size;
+
+    store_once(&r->used->ring[at].id, head);
+    store_once(&r->used->ring[at].len, len);
+    log_used(r, 4 + (uint64_t)at * sizeof(struct vring_used_elem), sizeof(struct vring_used_elem));
+    r->used_idx++;
+    if (r->record && head < r->record_size) {
+        if (r->batched == CORE_QUEUE_SIZE_MAX)
+            ring_publish(r);
+        r->record->desc[head].next = r->record->last_batch_head;
+        r->record->last_batch_head = head;
+        r->batch[r->batched++] = head;
+    }
+}
+
+void ring_publish(struct ring *r)
+{
+    if (r->published == r->used_idx || !r->used)
+        return;
+    __atomic_store_n(&r->used->idx, r->used_idx, __ATOMIC_RELEASE);
+    r->published = r->used_idx;
+    log_used(r, 2, 2);
+    if (r->record) {
+        /* Killed before this line, the next agent ends the batch by used_idx. */
+        for (uint32_t i = 0; i < r->batched; i++)
+            r->record->desc[r->batch[i]].inflight = 0;
+        __atomic_store_n(&r->record->used_idx, r->used_idx, __ATOMIC_RELEASE);
+    }
+    r->batched = 0;
+    if (call_wanted(r))
+        ring_call(r);
+}
+
+/* ---- Descriptor chains ------------------------------------------------------------------ */
+
+static struct vring_desc copy_desc(const struct vring_desc *d)
+{
+    return (struct vring_desc){.addr = load_once(&d->addr), .len = load_once(&d->len),
+                               .flags = load_once(&d->flags), .next = load_once(&d->next)};
+}
+
+static bool add_spans(struct ring *r, struct chain *c, const struct vring_desc *d)
+{
+    bool in = d->flags & VRING_DESC_F_WRITE;
+    struct span *to = in ? c->in : c->out;
+    uint32_t *count = in ? &c->in_count : &c->out_count;
+    uint64_t guest = d->addr, left = d->len;
+
+    if (!in && c->in_count > 0) {
+        ring_break(r, "a device-readable descriptor follows a device-writable one");
+        return false;
+    }
+    if (guest + left < guest) {
+        ring_break(r, "descriptor of %llu bytes at %#llx wraps", (ull)left, (ull)guest);
+        return false;
+    }
+    while (left > 0) {
+        uint64_t got;
+        uint8_t *ptr = memory_at(r->blk->memory, guest, left, &got);
+
+        if (!ptr) {
+            ring_break(r, "descriptor at %#llx, %u bytes, is outside of the guest's memory",
+                       (ull)d->addr, d->len);
+            return false;
+        }
+        if (*count == CHAIN_SPANS_MAX) {
+            ring_break(r, "descriptor chain has more than %u pieces", CHAIN_SPANS_MAX);
+            return false;
+        }
+        to[(*count)++] = (struct span){.ptr = ptr, .guest = guest, .bytes = got};
+        guest += got;
+        left -= got;
+    }
+    *(in ? &c->in_bytes : &c->out_bytes) += d->len;
+    return true;
+}
+
+/* Copies an indirect table; returns its length in descriptors, 0: broken. */
+static uint32_t copy_table(struct ring *r, struct chain *c, const struct vring_desc *d)
+{
+    uint64_t guest = d->addr, left = d->len;
+    uint8_t *to = (uint8_t *)c->table;
+
+    if (left == 0 || left % sizeof(struct vring_desc) || left > sizeof(c->table)) {
+        ring_break(r, "indirect table of %u bytes: must be 1 to %u descriptors of 16", d->len,
+                   CORE_QUEUE_SIZE_MAX);
+        return 0;
+    }
+    while (left > 0) {
+        uint64_t got;
+        const uint8_t *from = memory_at(r->blk->memory, guest, left, &got);
+
+        if (!from || guest + left < guest) {
+            ring_break(r, "indirect table at %#llx is outside of the guest's memory",
+                       (ull)d->addr);
+            return 0;
+        }
+        memcpy(to, from, got);
+        to += got;
+        guest += got;
+        left -= got;
+    }
+    return d->len / (uint32_t)sizeof(struct vring_desc);
+}
+
+bool ring_chain(struct ring *r, uint16_t head, struct chain *c)
+{
+    const struct vring_desc *table = r->desc;
+    uint32_t size = r->size, seen = 0, at = head;
+    bool indirect = false;
+
+    c->out_count = c->in_count = 0;
+    c->out_bytes = c->in_bytes = 0;
+    for (;;) {
+        struct vring_desc d;
+
+        if (at >= size) {
+            ring_break(r, "descriptor %u is outside of the table of %u", at, size);
+            return false;
+        }
+        if (seen++ == size) {
+            ring_break(r, "descriptor chain from %u loops", head);
+            return false;
+        }
+        d = copy_desc(&table[at]);
+        if (d.flags & VRING_DESC_F_INDIRECT) {
+            if (indirect || d.flags & VRING_DESC_F_NEXT) {
+                ring_break(r, "indirect descriptor %u is nested or has a next one", at);
+                return false;
+            }
+            size = copy_table(r, c, &d);
+            if (size == 0)
+                return false;
+            table = c->table;
+            indirect = true;
+            at = seen = 0;
+            continue;
+        }
+        if (!add_spans(r, c, &d))
+            return false;
+        if (!(d.flags & VRING_DESC_F_NEXT))
+            return true;
+        at = d.next;
+    }
+}
+
+/* ---- Taking requests -------------------------------------------------------------------- */
+
+/* Runs the request at head; false: stop polling this ring for now. */
+static bool run_head(struct ring *r, uint16_t head)
+{
+    if (unlikely(head >= r->size)) {
+        ring_break(r, "available ring names descriptor %u of %u", head, r->size);
+        return false;
+    }
+    switch (blk_execute(r, head)) {
+    case BLK_TAKEN:
+        r->requests++;
+        return true;
+    case BLK_HELD:
+        return false;
+    case BLK_BROKEN:
+        break;
+    }
+    return false;
+}
+
+static bool poll_resubmits(struct ring *r)
+{
+    while (r->resubmit_next < r->resubmits && r->running) {
+        if (!run_head(r, r->resubmit[r->resubmit_next]))
+            return false;
+        r->resubmit_next++;
+    }
+    return r->running;
+}
+
+uint32_t ring_poll(struct ring *r, uint32_t budget)
+{
+    uint16_t avail, waiting;
+    uint32_t done = 0;
+
+    if (!r->running || (r->held && !epoch_room(&r->blk->core->group, r->held_blocks)))
+        return 0;
+    r->held = false;
+    if (unlikely(r->resubmit_next < r->resubmits) && !poll_resubmits(r))
+        return 0;
+    avail = __atomic_load_n(&r->avail->idx, __ATOMIC_ACQUIRE);
+    waiting = (uint16_t)(avail - r->last_avail);
+    if (waiting == 0)
+        return 0;
+    if (unlikely(waiting > r->size)) {
+        ring_break(r, "available index jumps from %u to %u in a ring of %u", r->last_avail, avail,
+                   r->size);
+        return 0;
+    }
+    while (done < waiting && done < budget && r->inflight < r->size) {
+        uint16_t head = load_once(&r->avail->ring[r->last_avail % r->size]);
+
+        record_take(r, head);
+        if (!run_head(r, head)) {
+            if (r->held)
+                record_untake(r, head);
+            break;
+        }
+        r->last_avail++;
+        done++;
+    }
+    return done;
+}

@@ -1,0 +1,156 @@
+/* worker.c - see worker.h. */
+#include "worker.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "format.h"
+
+static bool ring_push(struct job_ring *r, struct job *job)
+{
+    uint32_t tail = r->tail;
+
+    if (tail - __atomic_load_n(&r->head, __ATOMIC_ACQUIRE) == WORKER_RING)
+        return false;
+    r->slot[tail % WORKER_RING] = job;
+    __atomic_store_n(&r->tail, tail + 1, __ATOMIC_RELEASE);
+    return true;
+}
+
+static struct job *ring_pop(struct job_ring *r)
+{
+    uint32_t head = r->head;
+    struct job *job;
+
+    if (head == __atomic_load_n(&r->tail, __ATOMIC_ACQUIRE))
+        return NULL;
+    job = r->slot[head % WORKER_RING];
+    __atomic_store_n(&r->head, head + 1, __ATOMIC_RELEASE);
+    return job;
+}
+
+static struct job *next_job(struct worker *w)
+{
+    struct job *job = ring_pop(&w->urgent);
+
+    return job ? job : ring_pop(&w->normal);
+}
+
+static void wake(int fd)
+{
+    uint64_t one = 1;
+
+    while (write(fd, &one, sizeof(one)) < 0 && errno == EINTR)
+        ;
+}
+
+static void *helper(void *arg)
+{
+    struct worker *w = arg;
+    uint64_t count;
+
+    while (!__atomic_load_n(&w->stop, __ATOMIC_ACQUIRE)) {
+        struct job *job = next_job(w);
+
+        if (!job) {
+            /* Say "sleeping", then look again: a job submitted in between is either seen
+             * here or its submitter sees the flag and writes the eventfd. */
+            __atomic_store_n(&w->sleeping, 1, __ATOMIC_SEQ_CST);
+            __atomic_thread_fence(__ATOMIC_SEQ_CST);
+            job = next_job(w);
+            if (!job) {
+                while (read(w->wake_fd, &count, sizeof(count)) < 0 && errno == EINTR)
+                    ;
+                continue;
+            }
+            __atomic_store_n(&w->sleeping, 0, __ATOMIC_RELAXED);
+        }
+        job->run(job, w);
+        check(ring_push(&w->finished, job)); /* no more jobs exist than slots */
+        wake(w->notify_fd);
+    }
+    return NULL;
+}
+
+int worker_start(struct worker *w, int notify_fd, bool inline_jobs)
+{
+    int error = 0;
+
+    memset(w, 0, sizeof(*w));
+    w->inline_jobs = inline_jobs;
+    w->notify_fd = notify_fd;
+    w->wake_fd = -1;
+    w->compress = ZSTD_createCCtx();
+    w->expand = ZSTD_createDCtx();
+    w->scratch = aligned_alloc(PAGE, 2 * BLOCK_BYTES);
+    if (!w->compress || !w->expand || !w->scratch)
+        error = -ENOMEM;
+    if (!error && !inline_jobs) {
+        w->wake_fd = eventfd(0, EFD_CLOEXEC);
+        if (w->wake_fd < 0)
+            error = -errno;
+        else
+            error = -pthread_create(&w->thread, NULL, helper, w);
+        w->started = !error;
+    }
+    if (error)
+        worker_stop(w);
+    return error;
+}
+
+void worker_stop(struct worker *w)
+{
+    if (w->started) {
+        __atomic_store_n(&w->stop, 1, __ATOMIC_RELEASE);
+        wake(w->wake_fd);
+        pthread_join(w->thread, NULL);
+    }
+    if (w->wake_fd >= 0)
+        close(w->wake_fd);
+    ZSTD_freeCCtx(w->compress);
+    ZSTD_freeDCtx(w->expand);
+    free(w->scratch);
+    memset(w, 0, sizeof(*w));
+    w->wake_fd = -1;
+}
+
+bool worker_submit(struct worker *w, struct job *job, bool urgent)
+{
+    /* `finished` holds WORKER_RING: never let more jobs exist. */
+    if (w->outstanding == WORKER_RING || !ring_push(urgent ? &w->urgent : &w->normal, job))
+        return false;
+    w->outstanding++;
+    if (w->inline_jobs)
+        return true;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&w->sleeping, __ATOMIC_RELAXED) &&
+        __atomic_exchange_n(&w->sleeping, 0, __ATOMIC_SEQ_CST))
+        wake(w->wake_fd);
+    return true;
+}
+
+uint32_t worker_reap(struct worker *w)
+{
+    uint32_t reaped = 0;
+    struct job *job;
+
+    if (w->outstanding == 0)
+        return 0;
+    if (w->inline_jobs) {
+        job = next_job(w);
+        if (job) {
+            job->run(job, w);
+            check(ring_push(&w->finished, job));
+        }
+    }
+    while ((job = ring_pop(&w->finished))) {
+        w->outstanding--;
+        job->done(job);
+        reaped++;
+    }
+    return reaped;
+}

@@ -1,0 +1,55 @@
+/* worker.h - one helper thread for what would hold up the rings: zstd, checksums, sorting,
+ * filling apply buffers.
+ *
+ * The reactor submits and reaps; job->run() happens on the helper, job->done() on the
+ * reactor. Two classes: urgent jobs (a commit or an apply waits for them) overtake the
+ * others. Both directions are single-producer single-consumer rings; a full ring makes
+ * worker_submit() return false. Without a thread (`inline_jobs`, for the simulator) jobs run
+ * in worker_reap(), in order of submission.
+ */
+#ifndef EPOCHD_WORKER_H
+#define EPOCHD_WORKER_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <zstd.h>
+
+#define WORKER_RING 64u
+
+struct worker;
+
+struct job {
+    void (*run)(struct job *job, struct worker *w);
+    void (*done)(struct job *job);
+    void *owner;
+};
+
+struct job_ring {
+    struct job *slot[WORKER_RING];
+    _Alignas(64) uint32_t head; /* next to take: the consumer's */
+    _Alignas(64) uint32_t tail; /* next to fill: the producer's */
+};
+
+struct worker {
+    struct job_ring urgent, normal, finished;
+    uint32_t outstanding;       /* reactor's: submitted, not reaped */
+    _Alignas(64) uint32_t sleeping;
+    uint32_t stop;
+    int wake_fd;                /* wakes the helper */
+    int notify_fd;              /* wakes the reactor */
+    bool inline_jobs;
+    bool started;
+    pthread_t thread;
+    ZSTD_CCtx *compress;        /* the helper's */
+    ZSTD_DCtx *expand;
+    uint8_t *scratch;           /* BLOCK_BYTES x 2, the helper's */
+};
+
+/* notify_fd: the reactor's eventfd, -1 with inline_jobs. */
+int worker_start(struct worker *w, int notify_fd, bool inline_jobs);
+void worker_stop(struct worker *w);
+bool worker_submit(struct worker *w, struct job *job, bool urgent);
+uint32_t worker_reap(struct worker *w);
+
+#endif
