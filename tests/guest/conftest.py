@@ -48,7 +48,7 @@ def machine(boot: Boot, epochd: StartDaemon) -> Iterator[StartMachine]:
     def make(daemon: Daemon, *, chardev: str = "reconnect=1", **settings: Any) -> Machine:
         disks = [Disk(daemon.socket(i), chardev=chardev) for i in range(len(daemon.specs))]
         name = f"vm{len(machines)}"
-        made = Machine(boot, daemon.folder, disks, name=name, **settings)
+        made = Machine(boot, daemon.folder, **{"disks": disks, "name": name} | settings)
         machines.append(made)
         running.append(made)
         return made

@@ -58,8 +58,10 @@ class Machine:
     disks: list[Disk]
     name: str = "vm"
     memory_mib: int = 128
+    memory_options: str = ""
     cpus: int = 2
     extra: list[str] = field(default_factory=list)
+    may_reboot: bool = False
     errors_expected: bool = False
 
     def __post_init__(self) -> None:
@@ -75,10 +77,11 @@ class Machine:
     def command_line(self) -> list[str]:
         """The QEMU command as it is run, for a machine that boots."""
         line = [QEMU, "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]
-        line += ["-smp", str(self.cpus), "-m", f"{self.memory_mib}M"]
+        line += ["-smp", str(self.cpus), "-m", f"{self.memory_mib}M{self.memory_options}"]
         memory = f"memory-backend-memfd,id=mem,size={self.memory_mib}M,share=on"
         line += ["-object", memory, "-numa", "node,memdev=mem"]
-        line += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+        line += ["-nodefaults", "-no-user-config", "-display", "none"]
+        line += [] if self.may_reboot else ["-no-reboot"]
         line += ["-kernel", str(self.boot.kernel), "-initrd", str(self.boot.initrd)]
         line += ["-append", CONSOLE]
         for number, disk in enumerate(self.disks):
@@ -127,11 +130,15 @@ class Machine:
         """Boots the guest and waits until its shell answers."""
         self._launch()
         try:
-            self._receive(re.compile(rb"@@READY\n"), "the boot", timeout)
+            self.wait_boot(timeout)
         except BaseException:
             self.kill()
             raise
         return self
+
+    def wait_boot(self, timeout: float = 90) -> None:
+        """Waits until the guest's shell is ready; for a guest that boots again."""
+        self._receive(re.compile(rb"@@READY\n"), "the boot", timeout)
 
     def restore(self, state: Path, *, paused: bool = False) -> Self:
         """Starts from a file that `save` wrote, at the instruction where it was taken."""
