@@ -7,6 +7,8 @@
 
 #define BUCKETS_MIN 64u
 
+__extension__ typedef unsigned __int128 wide;
+
 /* Position in order of the hash: growing the table keeps the order, so moving its slots
  * walks both tables from front to back. */
 static uint64_t home(const struct index *x, uint32_t disk, uint64_t block)
@@ -16,7 +18,7 @@ static uint64_t home(const struct index *x, uint32_t disk, uint64_t block)
     h ^= h >> 32;
     h *= 0xd6e8feb86659fd93ull;
     h ^= h >> 32;
-    return (uint64_t)(((unsigned __int128)h * x->buckets) >> 64);
+    return (uint64_t)(((wide)h * x->buckets) >> 64);
 }
 
 void index_free(struct index *x)
