@@ -15,6 +15,7 @@ run against builds with sanitizers:
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import re
 import shlex
@@ -140,6 +141,12 @@ class Control:
             return self._run(self._client.execute(verb, words or None))
         except ExecuteError as error:
             raise ControlError(verb, str(error)) from None
+
+    def begin(self, verb: str, /, **arguments: Any) -> concurrent.futures.Future[Any]:
+        """Send a command without waiting for its answer, which may never come."""
+        return asyncio.run_coroutine_threadsafe(
+            self._client.execute(verb, arguments or None), self._loop
+        )
 
     def wait_event(
         self, name: str, *, since: int = 0, where: Callable[[dict[str, Any]], bool] | None = None

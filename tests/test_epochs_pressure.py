@@ -1,0 +1,247 @@
+"""A full arena: writes wait, nothing fails, and room lets them go on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from conftest import Attach, StartDaemon
+from frontend import BlkRequest, Disk, Layout, Status, Type
+from harness import Daemon, until
+
+INDIRECT = Layout(indirect=0)
+CHUNK = 64 << 10
+
+
+@pytest.fixture
+def small(epochd: StartDaemon) -> Daemon:
+    """The smallest arena, 8 MiB, without compression."""
+    return epochd(arena="8M", options=["--compress-level", "0"])
+
+
+class Filler:
+    """Writes incompressible chunks one after the other until some are held."""
+
+    def __init__(self, daemon: Daemon, disk: Disk) -> None:
+        self.daemon = daemon
+        self.disk = disk
+        self.data: dict[int, bytes] = {}
+        self.requests: dict[int, BlkRequest] = {}
+
+    def fill(self) -> None:
+        """Write until the daemon says that it holds writes, then make it a dozen."""
+        while not self.daemon.control.status()["held"]:
+            self.write()
+            assert len(self.data) < 512, "the arena never fills"
+        for _ in range(12):
+            self.write()
+        until("the writes to be held", lambda: self.daemon.control.status()["held"] >= 12)
+        self.disk.reap()
+
+    def write(self) -> None:
+        sector = len(self.data) * CHUNK // 512
+        self.data[sector] = os.urandom(CHUNK)
+        self.requests[sector] = self.disk.submit(
+            Type.OUT, sector, self.data[sector], layout=INDIRECT
+        )
+        self.disk.reap()
+
+    def held(self) -> list[BlkRequest]:
+        return [request for request in self.requests.values() if not request.done]
+
+    def finish(self) -> None:
+        """All writes end well and read back."""
+        self.disk.wait(*self.requests.values())
+        assert {request.status for request in self.requests.values()} == {Status.OK}
+        self.check()
+
+    def check(self) -> None:
+        for sector, data in self.data.items():
+            assert self.disk.read(sector, CHUNK // 512) == data
+
+
+def test_writes_are_held_without_error_and_go_on_after_a_commit(
+    small: Daemon, attach: Attach
+) -> None:
+    filler = Filler(small, attach(small))
+    filler.fill()
+    assert len(filler.held()) >= 12
+    small.control.checkpoint()
+    filler.finish()
+    small.control.checkpoint()
+    small.control.wait_applied()
+    filler.check()
+    assert small.disk_info()["stats"]["errors"] == 0
+    assert small.disk_info()["stats"]["held"] >= 12
+    small.stop("quit")
+    contents = small.image_bytes()
+    for sector, data in filler.data.items():
+        assert contents[512 * sector : 512 * sector + CHUNK] == data
+
+
+def test_writes_go_on_after_a_discard(small: Daemon, attach: Attach) -> None:
+    filler = Filler(small, attach(small))
+    filler.fill()
+    held = {sector for sector, request in filler.requests.items() if not request.done}
+    small.control.discard()
+    filler.disk.wait(*filler.requests.values())
+    assert {request.status for request in filler.requests.values()} == {Status.OK}
+    for sector, data in filler.data.items():
+        read = filler.disk.read(sector, CHUNK // 512)
+        # What was answered before the discard is gone; what was held came after it. Its
+        # first part may have been written before.
+        if sector in held:
+            assert read[-512:] == data[-512:]
+        else:
+            assert read == bytes(CHUNK)
+
+
+def test_pressure_is_told_before_writes_are_held_and_when_they_are(
+    small: Daemon, attach: Attach
+) -> None:
+    control = small.control
+    control.status()
+    filler = Filler(small, attach(small))
+    filler.fill()
+    control.wait_event("ARENA_PRESSURE", where=lambda data: bool(data["held"]))
+    events = [event["data"] for event in control.events if event["event"] == "ARENA_PRESSURE"]
+    assert events[0]["held"] is False
+    assert events[0]["percent"] < 100
+    percents = [event["percent"] for event in events]
+    assert percents == sorted(percents)
+
+
+def test_reads_flushes_and_get_id_are_served_while_writes_are_held(
+    small: Daemon, attach: Attach
+) -> None:
+    filler = Filler(small, attach(small, queues=2))
+    filler.disk.write(100_000, b"\x17" * 512)
+    filler.fill()
+    for queue in (0, 1):
+        assert filler.disk.read(100_000, 1, queue=queue) == b"\x17" * 512
+        filler.disk.flush(queue=queue)
+    assert filler.disk.get_id()
+    assert filler.disk.read(0, CHUNK // 512) == filler.data[0]
+    assert len(filler.held()) >= 12
+    small.control.checkpoint()
+    filler.finish()
+
+
+def test_a_ring_stopped_while_writes_are_held_keeps_them(small: Daemon, attach: Attach) -> None:
+    disk = attach(small)
+    filler = Filler(small, disk)
+    filler.fill()
+    queue = disk.queues[0]
+    base = disk.stop_queue(0)
+    disk.reap()
+    held = filler.held()
+    assert held
+    assert queue.used_idx == base
+    assert (queue.avail_idx - base) & 0xFFFF == len(held)
+    assert small.control.status()["held"] == 0
+    small.control.checkpoint()
+    small.control.wait_applied()
+    assert queue.used_idx == base
+    disk.start_queue(queue, base=base)
+    filler.finish()
+
+
+def test_a_front_end_may_hang_up_while_its_writes_are_held(small: Daemon, attach: Attach) -> None:
+    first = attach(small)
+    filler = Filler(small, first)
+    filler.fill()
+    done = [sector for sector, request in filler.requests.items() if request.done]
+    first.close()
+    until("no write to be held", lambda: small.control.status()["held"] == 0)
+    second = attach(small)
+    for sector in done:
+        assert second.read(sector, CHUNK // 512) == filler.data[sector]
+    small.control.checkpoint()
+    second.write(0, b"\x18" * 512)
+    assert second.read(0, 1) == b"\x18" * 512
+
+
+@pytest.mark.parametrize("how", ["quit", "term", "kill"])
+def test_the_daemon_ends_and_starts_with_a_full_arena(
+    small: Daemon, attach: Attach, how: str
+) -> None:
+    disk = attach(small, inflight=True)
+    filler = Filler(small, disk)
+    filler.fill()
+    small.restart(how)
+    disk.reconnect()
+    until("the writes to be held again", lambda: small.control.status()["held"] > 0)
+    small.control.checkpoint()
+    filler.finish()
+
+
+def test_committing_the_oldest_of_several_epochs_makes_room(small: Daemon, attach: Attach) -> None:
+    disk = attach(small)
+    filler = Filler(small, disk)
+    epochs = []
+    for _ in range(3):
+        for _ in range(24):
+            filler.write()
+        disk.wait(*filler.held())
+        epochs.append(small.control.seal())
+    filler.fill()
+    small.control.commit(epochs[0])
+    small.control.wait_applied(epochs[0])
+    assert small.control.status()["sealed"] == epochs[1:]
+    disk.wait(filler.held()[0])
+    small.control.checkpoint()
+    filler.finish()
+
+
+def test_rewriting_the_same_blocks_fills_the_arena_no_more_than_once(
+    small: Daemon, attach: Attach
+) -> None:
+    """What was overwritten in the open epoch makes room by itself, or the guest waits for
+    nothing that a commit could free."""
+    disk = attach(small)
+    data = b""
+    for _ in range(100):
+        data = os.urandom(1 << 20)
+        disk.write(0, data)
+    assert disk.read(0, 2048) == data
+    assert small.control.status()["held"] == 0
+
+
+def test_compression_puts_more_into_the_arena_than_its_size(
+    epochd: StartDaemon, attach: Attach
+) -> None:
+    daemon = epochd(arena="8M")
+    disk = attach(daemon)
+    for place in range(24):
+        disk.write(2048 * place, (bytes([place + 1]) * 64 + os.urandom(64)) * 8192)
+    status = daemon.control.status()
+    assert status["logical-bytes"] == 24 << 20
+    assert status["arena"]["used"] <= 8 << 20
+    assert disk.read(2048 * 23, 1)[:64] == b"\x18" * 64
+
+
+def test_an_active_agent_frees_its_arena_by_itself(small: Daemon, attach: Attach) -> None:
+    disk = attach(small)
+    filler = Filler(small, disk)
+    filler.fill()
+    small.control.execute("promote")
+    filler.disk.wait(*filler.requests.values())
+    for _ in range(200):
+        filler.write()
+    filler.disk.wait(*filler.requests.values())
+    assert {request.status for request in filler.requests.values()} == {Status.OK}
+    assert small.control.status()["held"] == 0
+
+
+def test_zero_blocks_are_taken_by_a_full_arena_after_room_is_made(
+    small: Daemon, attach: Attach
+) -> None:
+    filler = Filler(small, attach(small))
+    filler.fill()
+    zeroing = filler.disk.submit(
+        Type.WRITE_ZEROES, payload=b"\0" * 8 + (64).to_bytes(4, "little") + bytes(4)
+    )
+    small.control.checkpoint()
+    filler.disk.wait(zeroing, *filler.requests.values())
+    assert zeroing.status == Status.OK
+    assert filler.disk.read(0, 64) == bytes(64 * 512)
