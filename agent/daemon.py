@@ -13,6 +13,7 @@ import asyncio
 import logging
 import resource
 import signal
+import socket
 import time
 from contextlib import ExitStack
 
@@ -24,6 +25,8 @@ from .port import Port
 from .vhost import Disk
 
 log = logging.getLogger("epochd")
+
+Door = Listener | socket.socket
 
 
 class RuntimeFailure(EpochdError):
@@ -52,29 +55,32 @@ class Daemon:
     async def run(self) -> None:
         """Serve until a signal or `quit`; EpochdError when start or stop fails."""
         self._watch_signals()
+        group = storage.open_group(self._config, self._core_event)
+        close = group.abandon
         with ExitStack() as stack:
-            group = storage.open_group(self._config, self._core_event)
-            stack.callback(group.close)
+            stack.callback(lambda: close())
             self._start(group)
-            for port in self._ports:
-                stack.callback(port.close)
-            self._server = qmp.Server(
-                control.Control(self._config, group, self._ports, self._quit).commands()
-            )
-            await self._server.listen(Listener.bind(self._config.control))
-            try:
-                self._open_ports()
-                log.info(
-                    "epochd %s serves group %s (%s): %d disk(s), control socket %s",
-                    __version__, self._config.name, group.id, len(self._ports),
-                    self._config.control,
-                )
-                await self._stop_asked.wait()
-                await self._stop(group)
-            finally:
-                await self._server.close()
+            doors = self._open_doors(stack)
+            close = group.close  # from here on there may be something in the arena
+            await self._serve(group, doors)
 
     # Start.
+
+    def _open_doors(self, stack: ExitStack) -> list[Door]:
+        """All sockets, control first, then a disk's each; the stack closes them."""
+        doors: list[Door] = [Listener.bind(self._config.control)]
+        stack.callback(doors[0].close)
+        for disk in self._config.disks:
+            door: Door
+            if disk.socket is not None:
+                door = Listener.bind(disk.socket)
+            else:
+                assert disk.fd is not None
+                sock, listening = adopt(disk.fd)
+                door = Listener(sock, None) if listening else sock
+            doors.append(door)
+            stack.callback(door.close)
+        return doors
 
     def _start(self, group: storage.Group) -> None:
         try:
@@ -92,16 +98,23 @@ class Daemon:
             )
             self._ports.append(Port(group.core, disk, self._client_event))
 
-    def _open_ports(self) -> None:
-        for port, disk in zip(self._ports, self._config.disks, strict=True):
-            if disk.socket is not None:
-                port.listen(Listener.bind(disk.socket))
-            elif disk.fd is not None:
-                sock, listening = adopt(disk.fd)
-                if listening:
-                    port.listen(Listener(sock, None))
-                else:
-                    port.connect(sock)
+    async def _serve(self, group: storage.Group, doors: list[Door]) -> None:
+        verbs = control.Control(self._config, group, self._ports, self._quit).commands()
+        self._server = qmp.Server(verbs)
+        control_door, *disk_doors = doors
+        try:
+            assert isinstance(control_door, Listener)
+            await self._server.listen(control_door)
+            for port, door in zip(self._ports, disk_doors, strict=True):
+                port.listen(door) if isinstance(door, Listener) else port.connect(door)
+            log.info(
+                "epochd %s serves group %s (%s): %d disk(s), control socket %s",
+                __version__, self._config.name, group.id, len(self._ports), self._config.control,
+            )
+            await self._stop_asked.wait()
+            await self._stop(group)
+        finally:
+            await self._server.close()
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()

@@ -134,6 +134,13 @@ def _open_direct(path: Path, flags: int) -> tuple[int, bool]:
     return _open(path, flags), False
 
 
+def _check_writable(path: Path, fd: int) -> None:
+    """open(2) lets a write-protected device be opened for writing; writes would fail later."""
+    answer = fcntl.ioctl(fd, BLKROGET, struct.pack("=i", 0))
+    if struct.unpack("=i", answer)[0]:
+        raise ImageError(path, "the device is write-protected; give --read-only")
+
+
 def _inspect(path: Path) -> os.stat_result:
     try:
         status = os.stat(path)
@@ -186,6 +193,8 @@ def _examine(config: DiskConfig, fd: int, direct: bool) -> Image:
     """Lock the image behind `fd` and find out its geometry."""
     path, status = config.image, os.fstat(fd)
     block_device = stat.S_ISBLK(status.st_mode)
+    if block_device and not config.read_only:
+        _check_writable(path, fd)
     _lock(path, fd, config.read_only)
     size = os.lseek(fd, 0, os.SEEK_END)
     sector = _sector_bytes(fd, block_device)

@@ -3,7 +3,8 @@
 Contract: Listener.bind() leaves a listening socket at the path or raises a SocketError (or a
 kin of it) that names the path. A socket file that nobody listens on is left over from a
 crash and replaced; one that answers is refused; anything else at the path is refused. Mode
-0600 whatever the umask. close() removes the socket file only if it is still our own.
+0600 whatever the umask. close() may be repeated; it removes the socket file only if that is
+still our own.
 """
 
 import contextlib
@@ -87,6 +88,7 @@ class Listener:
         if self.path is not None and self._file is not None and self._identify() == self._file:
             with contextlib.suppress(OSError):
                 self.path.unlink()
+        self._file = None
         self.socket.close()
 
 

@@ -61,12 +61,13 @@ def lock_image(fd: int, held: int, unshared: int) -> None:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise LockConflict("another program has locked all of it") from None
         raise
-    for bit, name in _bits(held):
-        if _is_locked(fd, _UNSHARED_BASE + bit):
-            raise LockConflict(f'another program does not share "{name}" access to it')
-    for bit, name in _bits(unshared):
-        if _is_locked(fd, _HELD_BASE + bit):
-            raise LockConflict(f'another program has "{name}" access to it')
+    for permissions, base, what in (
+        (unshared, _HELD_BASE, "has {} access to it"),
+        (held, _UNSHARED_BASE, "does not share {} access to it"),
+    ):
+        names = [name for bit, name in _bits(permissions) if _is_locked(fd, base + bit)]
+        if names:
+            raise LockConflict("another program " + what.format(" and ".join(names)))
 
 
 def lock_exclusive(fd: int) -> None:

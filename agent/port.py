@@ -1,6 +1,7 @@
 """A disk's vhost-user socket: who may come in, one front end at a time.
 
-Contract. Owner: the asyncio loop. run() serves until cancelled or close(). A second front
+Contract. Owner: the asyncio loop. It serves from listen() or connect() to stop(). A
+second front
 end is turned away at once, the first unharmed; but one that comes when the first has hung up
 (a QEMU that was killed and started again) waits for the first one's teardown and is served.
 """
@@ -32,7 +33,7 @@ class Port:
         self.session: Session | None = None
 
     def listen(self, listener: Listener) -> None:
-        """Accept front ends on `listener`, which is ours from now on."""
+        """Accept front ends on `listener`, which stays the caller's, until stop()."""
         self._listener = listener
         self._accepting = asyncio.create_task(self._accept())
 
@@ -55,11 +56,6 @@ class Port:
             self.drop("the agent stops")
         if self._serving is not None:
             await asyncio.wait({self._serving})
-
-    def close(self) -> None:
-        """Remove the socket."""
-        if self._listener is not None:
-            self._listener.close()
 
     async def _accept(self) -> None:
         assert self._listener is not None

@@ -305,7 +305,7 @@ class Server:
         self._server: asyncio.Server | None = None
 
     async def listen(self, listener: Listener) -> None:
-        """Accept clients on `listener`, which is ours from now on."""
+        """Accept clients on `listener` until close()."""
         self._listener = listener
         loop = asyncio.get_running_loop()
         # asyncio closes the socket it is given, so it gets its own.

@@ -204,6 +204,13 @@ class Group:
         posix_ipc.unlink_shared_memory(self.arena.name)
         return True
 
+    def abandon(self) -> None:
+        """close() after a start that failed before anything was served: an arena that this
+        start created goes away again."""
+        self.close()
+        if self.arena.created:
+            posix_ipc.unlink_shared_memory(self.arena.name)
+
     def close(self) -> None:
         """Close the core first, then what it worked on."""
         self.core.close()

@@ -424,7 +424,7 @@ def test_stats_count(agent: Daemon, attach: Attach) -> None:
 def test_events_tell_the_story(agent: Daemon, attach: Attach) -> None:
     control = agent.control
     disk = attach(agent)
-    control.wait_event("CLIENT_CONNECTED", where=lambda data: bool(data["disk"] == "disk0"))
+    control.wait_event("CLIENT_CONNECTED", where=lambda data: bool(data["disk"] == "disk0.img"))
     disk.write(0, b"\x01" * 4096)
     control.checkpoint()
     control.wait_event("EPOCH_SEALED", where=lambda data: bool(data["epoch"] == 1))
