@@ -40,8 +40,15 @@ def refused(
     if image is None:
         image = make_image(folder)
     answer = run(
-        "--blk-file", image, "--socket-path", folder / "v.sock", "--control", folder / "c.sock",
-        "--arena-size", "16M", *options,
+        "--blk-file",
+        image,
+        "--socket-path",
+        folder / "v.sock",
+        "--control",
+        folder / "c.sock",
+        "--arena-size",
+        "16M",
+        *options,
     )
     assert answer.returncode == status, answer
     message = answer.stderr.splitlines()[-1]
@@ -61,7 +68,10 @@ def make_image(folder: Path, size: int = MIB, name: str = "disk.img") -> Path:
 def ctl(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [EPOCHCTL, "-s", str(path), *words],
-        check=False, capture_output=True, text=True, timeout=DEADLINE_S,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
     )
 
 
@@ -93,9 +103,19 @@ def test_help_explains_every_flag_and_status() -> None:
     answer = run("--help")
     assert answer.returncode == 0
     for flag in (
-        "--config", "--blk-file", "--socket-path", "--fd", "--read-only", "--control",
-        "--state-dir", "--arena-size", "--journal-size", "--compress-level", "--log-level",
-        "--print-capabilities", "--version",
+        "--config",
+        "--blk-file",
+        "--socket-path",
+        "--fd",
+        "--read-only",
+        "--control",
+        "--state-dir",
+        "--arena-size",
+        "--journal-size",
+        "--compress-level",
+        "--log-level",
+        "--print-capabilities",
+        "--version",
     ):
         assert flag in answer.stdout
     assert "Exit status" in answer.stdout
@@ -258,13 +278,21 @@ def test_an_arena_larger_than_shared_memory(tmp_path: Path) -> None:
     """In a mount namespace of its own, /dev/shm has 32 MiB."""
     image = make_image(tmp_path)
     words = [
-        *command(), "--blk-file", str(image), "--socket-path", str(tmp_path / "v.sock"),
-        "--arena-size", "64M",
+        *command(),
+        "--blk-file",
+        str(image),
+        "--socket-path",
+        str(tmp_path / "v.sock"),
+        "--arena-size",
+        "64M",
     ]
     script = 'mount -t tmpfs -o size=32m none /dev/shm && exec "$@"'
     answer = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, "sh", *words],
-        check=False, capture_output=True, text=True, timeout=DEADLINE_S,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
     )
     assert answer.returncode == 4
     assert "/dev/shm" in answer.stderr
@@ -322,7 +350,7 @@ def test_sizes_of_an_old_group_stay(epochd: StartDaemon, attach: Attach) -> None
     agent.arena, agent.options = "32M", ["--journal-size", "128M"]
     agent.start()
     status = agent.control.status()
-    assert status["arena"]["size"] == 16 * MIB
+    assert 15 * MIB < status["arena"]["size"] <= 16 * MIB  # whole segments
     assert agent.log().count("keeps its size") == 2
     assert attach(agent).read(0, 8) == b"\x05" * 4096
 
@@ -389,13 +417,21 @@ def test_a_start_that_fails_leaves_no_arena(tmp_path: Path) -> None:
     """The sockets come last. In a mount namespace of its own, /dev/shm shows what is left."""
     (tmp_path / "v.sock").write_text("no socket")
     words = [
-        *command(), "--blk-file", str(make_image(tmp_path)), "--socket-path",
-        str(tmp_path / "v.sock"), "--arena-size", "16M",
+        *command(),
+        "--blk-file",
+        str(make_image(tmp_path)),
+        "--socket-path",
+        str(tmp_path / "v.sock"),
+        "--arena-size",
+        "16M",
     ]
     script = 'mount -t tmpfs none /dev/shm && { "$@"; echo "status $?"; ls /dev/shm; }'
     answer = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, "sh", *words],
-        check=False, capture_output=True, text=True, timeout=DEADLINE_S,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
     )
     assert answer.stdout == "status 5\n", answer
     assert not (tmp_path / "disk.img.control").exists()
@@ -467,8 +503,17 @@ def inherited(folder: Path, sock: socket.socket) -> Iterator[Control]:
     """A daemon that was given `sock` as its vhost-user socket; yields its control channel."""
     path = folder / "c.sock"
     process = subprocess.Popen(
-        [*command(), "--blk-file", str(make_image(folder)), "--fd", str(sock.fileno()),
-         "--control", str(path), "--arena-size", "16M"],
+        [
+            *command(),
+            "--blk-file",
+            str(make_image(folder)),
+            "--fd",
+            str(sock.fileno()),
+            "--control",
+            str(path),
+            "--arena-size",
+            "16M",
+        ],
         pass_fds=[sock.fileno()],
     )
     try:
@@ -489,8 +534,15 @@ def test_an_inherited_thing_that_is_no_socket(tmp_path: Path, what: str) -> None
     read, write = os.pipe()
     fd = {"closed": 900, "pipe": read, "file": os.open("/dev/null", os.O_RDONLY)}[what]
     answer = run(
-        "--blk-file", make_image(tmp_path), "--fd", fd, "--control", tmp_path / "c.sock",
-        "--arena-size", "16M", pass_fds=[] if what == "closed" else [fd],
+        "--blk-file",
+        make_image(tmp_path),
+        "--fd",
+        fd,
+        "--control",
+        tmp_path / "c.sock",
+        "--arena-size",
+        "16M",
+        pass_fds=[] if what == "closed" else [fd],
     )
     os.close(read)
     os.close(write)
@@ -518,7 +570,9 @@ def test_every_verb_is_a_word(agent: Daemon) -> None:
     assert ctl(path, "commit", "1").stdout == "committed 1\n"
     assert json.loads(ctl(path, "seal", "--json").stdout) == {"epoch": 2}
     assert json.loads(ctl(path, "commit", "--json").stdout) == {"committed": 2}
-    assert ctl(path, "discard").stdout == "discarded 3; committed is 2\n"
+    ctl(path, "seal")
+    assert ctl(path, "discard").stdout == "discarded 3..4 (2); committed is 2\n"
+    assert ctl(path, "discard").stdout == "discarded none; committed is 2\n"
     assert "journal-bytes-written" in ctl(path, "stats").stdout
     assert "group" in json.loads(ctl(path, "stats", "--json").stdout)
     assert ctl(path, "promote").stdout.startswith("mode active, generation ")
@@ -563,7 +617,8 @@ def first_event(agent: Daemon, stream: IO[str]) -> str:
 def test_watch_streams_until_the_agent_stops(agent: Daemon) -> None:
     with subprocess.Popen(
         [EPOCHCTL, "-s", str(agent.control_path), "watch", "--json"],
-        stdout=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as watch:
         assert watch.stdout is not None
         first_event(agent, watch.stdout)
