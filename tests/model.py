@@ -23,6 +23,7 @@ class Model:
     committed: State = field(init=False)
     committed_epoch: int = 0
     sealed: list[tuple[int, State]] = field(default_factory=list)
+    empty: bool = True  # nothing was written into the open epoch
 
     def __post_init__(self) -> None:
         self.now = [bytearray(size) for size in self.sizes]
@@ -31,6 +32,7 @@ class Model:
     def write(self, disk: int, start: int, data: bytes) -> None:
         """Bytes of a disk change in the open epoch."""
         self.now[disk][start : start + len(data)] = data
+        self.empty = False
 
     def seal(self, epoch: int) -> None:
         """The open epoch, which is `epoch`, is closed."""
@@ -38,6 +40,7 @@ class Model:
             raise AssertionError(f"epoch {epoch} was sealed, {self.open} was open")
         self.sealed.append((epoch, [bytes(disk) for disk in self.now]))
         self.open = epoch + 1
+        self.empty = True
 
     def commit(self, epoch: int) -> None:
         """All sealed epochs up to `epoch` are committed."""
@@ -48,10 +51,13 @@ class Model:
 
     def discard(self, opened: int) -> list[int]:
         """Everything not committed is gone, and `opened` is open; returns what went."""
+        if not self.sealed and self.empty and opened == self.open:
+            return []
         gone = [number for number, _ in self.sealed] + [self.open]
         self.now = [bytearray(disk) for disk in self.committed]
         self.sealed = []
         if opened <= self.open:
             raise AssertionError(f"epoch {opened} is open, {self.open} was before the discard")
         self.open = opened
+        self.empty = True
         return gone

@@ -97,7 +97,7 @@ class History:
         """A random disk and range: (disk, first sector, sectors). Small ones meet often."""
         disk = chance.randrange(len(SIZES))
         total = SIZES[disk] // SECTOR
-        sectors = chance.choice([1, 1, 2, 3, 8, 8, 8, 9, 16, 64, most])
+        sectors = min(chance.choice([1, 1, 2, 3, 8, 8, 8, 9, 16, 64, most]), total)
         near = chance.choice([64, 64, 512, total])
         first = chance.randrange(min(near, total - sectors) + 1)
         if chance.random() < 0.4:
@@ -137,7 +137,6 @@ class History:
 
     def zero(self, chance: random.Random) -> None:
         disk, first, sectors = self.extent(chance, 4000 if chance.random() < 0.2 else 256)
-        sectors = min(sectors, SIZES[disk] // SECTOR - first)
         kind = chance.choice(["discard", "zero", "unmap"])
         self.note(f"{kind} disk {disk} sectors {first}+{sectors}")
         self.make_room(4096)
@@ -262,7 +261,7 @@ class History:
             self.model.seal(self.model.open)
         elif verb == "epoch-discard" and not lost and status["open"] > self.model.open:
             self.model.discard(status["open"])
-        if lost:
+        if lost and status["open"] > self.model.open:
             self.model.discard(status["open"])
         self.attach()
         self.check_status()

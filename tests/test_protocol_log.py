@@ -42,7 +42,7 @@ def memory() -> Iterator[GuestMemory]:
 
 
 @pytest.fixture
-def disk(shared: Daemon, attach: Attach, memory: GuestMemory) -> Iterator[Disk]:
+def disk(shared: Daemon, memory: GuestMemory, attach: Attach) -> Iterator[Disk]:
     """A running front end with logging on."""
     disk = attach(shared, memory=memory)
     disk.write(0, b"\x61" * MIB)
@@ -173,7 +173,7 @@ def test_the_used_ring_is_not_marked_when_only_buffers_are_logged(disk: Disk) ->
 
 
 def test_a_large_used_ring_marks_the_pages_that_changed(
-    shared: Daemon, attach: Attach, memory: GuestMemory
+    shared: Daemon, memory: GuestMemory, attach: Attach
 ) -> None:
     disk = attach(shared, memory=memory, queue_size=1024)
     disk.start_log(DirtyLog(highest_page(memory)))

@@ -373,13 +373,13 @@ class FrontEnd:
         self.command(Request.SET_VRING_ENABLE, VRING_STATE.pack(index, value))
 
     def start_queue(self, queue: VirtQueue, base: int = 0) -> None:
-        """Hand a queue to the back end, in QEMU's order."""
+        """Hand a queue to the back end. The kick comes last but one: it starts the ring."""
         self.set_size(queue.index, queue.size)
         self.set_base(queue.index, base)
         self.set_addresses(queue)
         self.set_err(queue.index, queue.err_fd)
-        self.set_kick(queue.index, queue.kick_fd)
         self.set_call(queue.index, queue.call_fd)
+        self.set_kick(queue.index, queue.kick_fd)
         if self.features & Feature.PROTOCOL_FEATURES:
             self.enable(queue.index)
 
