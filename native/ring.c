@@ -11,6 +11,7 @@
 
 typedef unsigned long long ull;
 
+#define F_INDIRECT (1ull << VIRTIO_RING_F_INDIRECT_DESC)
 #define F_EVENT_IDX (1ull << VIRTIO_RING_F_EVENT_IDX)
 
 /* One load each from memory that the guest may change meanwhile. */
@@ -394,6 +395,10 @@ bool ring_chain(struct ring *r, uint16_t head, struct chain *c)
         }
         d = copy_desc(&table[at]);
         if (d.flags & VRING_DESC_F_INDIRECT) {
+            if (!(r->blk->features & F_INDIRECT)) {
+                ring_break(r, "indirect descriptor %u though the feature was not negotiated", at);
+                return false;
+            }
             if (indirect || d.flags & VRING_DESC_F_NEXT) {
                 ring_break(r, "indirect descriptor %u is nested or has a next one", at);
                 return false;
