@@ -183,6 +183,9 @@ class Daemon:
             self._ports[event.disk].drop("its guest memory vanished (SIGBUS)")
         elif event.type == kind.IO_ERROR:
             log.error("%s", event.text)
+        elif event.type == kind.PRESSURE and event.first:
+            log.warning("the arena is full (%d %%): writes wait for a commit or discard",
+                        event.value)
         if (message := control.event_message(event, self._disk_names)) is not None:
             self._emit(*message)
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 from . import core
 from . import vhost_messages as wire
+from .vhost_channel import Channel, HungUp, ProtocolError, peer_name
 from .vhost_messages import Feature, Message, ProtocolFeature, Reply, Request
 
 log = logging.getLogger("epochd.vhost")
@@ -35,16 +36,8 @@ log = logging.getLogger("epochd.vhost")
 DRAIN_SECONDS = 2.0
 
 
-class ProtocolError(Exception):
-    """The stream of messages cannot be trusted any more; the connection must end."""
-
-
 class Refused(Exception):
     """A well-formed message that cannot be obeyed; the text says why."""
-
-
-class HungUp(Exception):
-    """The front end closed its end."""
 
 
 @dataclass(frozen=True)
@@ -55,87 +48,6 @@ class Disk:
     name: str
     features: int
     config_space: bytes
-
-
-class Channel:
-    """Framing: whole messages with their descriptors in, whole replies out."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self.socket = sock
-        self._loop = asyncio.get_running_loop()
-
-    async def _ready(self, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
-        ready = self._loop.create_future()
-
-        def wake() -> None:
-            if not ready.done():
-                ready.set_result(None)
-
-        add(self.socket.fileno(), wake)
-        try:
-            await ready
-        finally:
-            remove(self.socket.fileno())
-
-    async def _receive(self, size: int, fds: list[int], started: bool) -> bytes:
-        """Exactly `size` bytes; descriptors are appended to `fds`."""
-        data = b""
-        while len(data) < size:
-            try:
-                chunk, ancillary, flags, _ = self.socket.recvmsg(
-                    size - len(data), socket.CMSG_SPACE(wire.FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                await self._ready(self._loop.add_reader, self._loop.remove_reader)
-                continue
-            except OSError as error:
-                raise HungUp from error
-            for level, kind, body in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    count = len(body) // 4
-                    fds += struct.unpack(f"={count}i", body[: count * 4])
-            if flags & socket.MSG_CTRUNC:
-                raise ProtocolError("more file descriptors than can be received")
-            if not chunk:
-                if data or started:
-                    raise ProtocolError("hung up in the middle of a message")
-                raise HungUp
-            data += chunk
-        return data
-
-    async def receive(self) -> Message:
-        """The next message; HungUp at the end, ProtocolError when the frame is broken."""
-        fds: list[int] = []
-        try:
-            header = await self._receive(wire.HEADER.size, fds, started=False)
-            request, flags, size = wire.HEADER.unpack(header)
-            if flags & wire.FLAG_VERSION_MASK != wire.VERSION:
-                raise ProtocolError(f"message version {flags & wire.FLAG_VERSION_MASK}, not 1")
-            if flags & wire.FLAG_REPLY:
-                raise ProtocolError("a reply, though nothing was asked")
-            if size > wire.PAYLOAD_BYTES_MAX:
-                raise ProtocolError(f"a message of {size} bytes; {wire.PAYLOAD_BYTES_MAX} is "
-                                    "the limit")
-            payload = await self._receive(size, fds, started=True)
-        except BaseException:
-            Message(0, 0, b"", fds).close()
-            raise
-        return Message(request, flags, payload, fds)
-
-    async def send(self, request: int, reply: Reply) -> None:
-        """Send a reply with its descriptor, if it has one; HungUp."""
-        data = wire.pack_reply(request, reply.payload)
-        fds = [reply.fd] if reply.fd >= 0 else []
-        while data:
-            try:
-                sent = socket.send_fds(self.socket, [data], fds)
-            except BlockingIOError:
-                await self._ready(self._loop.add_writer, self._loop.remove_writer)
-                continue
-            except OSError as error:
-                raise HungUp from error
-            data, fds = data[sent:], []
 
 
 Handler = Callable[["Session", Message], Awaitable[Reply | None]]
@@ -171,7 +83,7 @@ class Session:
         self._worker: asyncio.Task[None] | None = None
         self._end = "hung up"
         self._dropped = False
-        self.peer = _peer(sock)
+        self.peer = peer_name(sock)
 
     async def run(self) -> str:
         """Serve until the front end hangs up, breaks the protocol, or drop(); say why."""
@@ -240,6 +152,7 @@ class Session:
                     await self._handle(message)
                 finally:
                     message.close()
+                await asyncio.sleep(0)  # a flood of messages must not starve the others
         except HungUp:
             pass
         except ProtocolError as error:
@@ -507,12 +420,3 @@ RULES: dict[int, Rule] = {
 def _region(numbers: Sequence[int], fd: int) -> core.Region:
     guest_addr, size, user_addr, mmap_offset = numbers
     return core.Region(guest_addr, size, user_addr, mmap_offset, fd)
-
-
-def _peer(sock: socket.socket) -> str:
-    """The front end in a log line."""
-    try:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    except OSError:
-        return "unknown process"
-    return f"process {struct.unpack('=iII', credentials)[0]}"

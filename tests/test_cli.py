@@ -14,12 +14,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 from conftest import Attach, StartDaemon
-from frontend import DEADLINE_S, Disk
+from frontend import DEADLINE_S, Disk, FrontEndError
 from harness import Control, Daemon, DiskSpec, StorageDaemon, command, listens, until
 
 MIB = 1 << 20
@@ -383,6 +384,35 @@ def test_a_clean_stop_keeps_what_is_not_committed(agent: Daemon, attach: Attach)
     assert status["sealed"] == attach_again["sealed"] == [1]
     assert status["open"] == attach_again["open"]
     assert attach(agent).read(0, 8) == b"\x01" * 4096
+
+
+def test_a_second_signal_loses_nothing(agent: Daemon, attach: Attach) -> None:
+    """It only leaves to the next start what the images do not have yet."""
+    disk = attach(agent)
+    for block in range(500):
+        disk.write(block * 8, block.to_bytes(2, "little") * 2048)
+    agent.control.checkpoint()
+    disk.write(0, b"\xff" * 4096)
+    os.kill(agent.pid, signal.SIGTERM)
+    os.kill(agent.pid, signal.SIGTERM)
+    assert agent.wait_exit() == 0
+    agent.start()
+    assert attach(agent).read(0, 8) == b"\xff" * 4096
+    agent.control.wait_applied()
+    content = b"".join(block.to_bytes(2, "little") * 2048 for block in range(500))
+    assert agent.image_bytes()[: len(content)] == content
+
+
+def test_a_stop_does_not_wait_for_room_in_the_arena(epochd: StartDaemon, attach: Attach) -> None:
+    agent = epochd(arena="8M")
+    disk = attach(agent)
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(lambda: [disk.write(n * 8, os.urandom(4096)) for n in range(4096)])
+        until("a write to be held", lambda: agent.control.status()["held"])
+        agent.stop()
+        assert isinstance(writer.exception(DEADLINE_S), FrontEndError)
+    agent.start()
+    assert agent.control.status()["arena"]["percent"] > 50
 
 
 def test_a_socket_of_a_killed_agent_is_replaced(agent: Daemon) -> None:
