@@ -406,8 +406,13 @@ def test_a_second_signal_loses_nothing(agent: Daemon, attach: Attach) -> None:
 def test_a_stop_does_not_wait_for_room_in_the_arena(epochd: StartDaemon, attach: Attach) -> None:
     agent = epochd(arena="8M")
     disk = attach(agent)
+
+    def fill() -> None:
+        for block in range(4096):
+            disk.write(block * 8, os.urandom(4096))
+
     with ThreadPoolExecutor(1) as pool:
-        writer = pool.submit(lambda: [disk.write(n * 8, os.urandom(4096)) for n in range(4096)])
+        writer = pool.submit(fill)
         until("a write to be held", lambda: agent.control.status()["held"])
         agent.stop()
         assert isinstance(writer.exception(DEADLINE_S), FrontEndError)
