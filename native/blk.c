@@ -25,14 +25,6 @@ struct read_part {
 
 /* ---- Answering -------------------------------------------------------------------------- */
 
-static void log_spans(struct blk *b, const struct span *span, uint32_t count)
-{
-    if (!b->log)
-        return;
-    for (uint32_t i = 0; i < count; i++)
-        dirty_log_mark(b->log, span[i].guest, span[i].bytes);
-}
-
 static void count_status(struct blk *b, uint8_t status)
 {
     if (status == VIRTIO_BLK_S_IOERR)
@@ -52,9 +44,10 @@ static void finish(struct blk *b, struct ring *r, uint16_t head, const struct sp
     last->ptr[last->bytes - 1] = status;
     if (b->log) {
         if (data_bytes > 0 || status == VIRTIO_BLK_S_IOERR) /* a read may have failed half-way */
-            log_spans(b, in, in_count);
+            for (uint32_t i = 0; i < in_count; i++)
+                ring_log(r, in[i].guest, in[i].bytes);
         else
-            dirty_log_mark(b->log, last->guest + last->bytes - 1, 1);
+            ring_log(r, last->guest + last->bytes - 1, 1);
     }
     count_status(b, status);
     ring_push(r, head, (uint32_t)(data_bytes + 1));

@@ -128,6 +128,7 @@ static struct frame_header *begin(struct group *g, struct epoch *e, uint32_t pay
         check(segment != SEGMENT_NONE); /* epoch_room() was asked */
         segment_list_append(&g->arena, &e->raw_list, segment);
         e->raw = (struct arena_cursor){.segment = segment};
+        group_pressure(g, false); /* told before a write has to wait */
     }
     return arena_frame_begin(&g->arena, &e->raw);
 }
@@ -188,6 +189,7 @@ static int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t
     struct index_slot *s;
     uint32_t bytes;
     uint8_t *payload, carried = mask;
+    uint32_t faults = span_faults_now();
     arena_loc loc;
     int error;
 
@@ -212,6 +214,8 @@ static int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t
             }
         payload = (uint8_t *)(h + 1);
     }
+    if (unlikely(span_faults_now() != faults))
+        return -EFAULT; /* the guest's memory vanished under the copy: publish nothing */
     h->kind = FRAME_RAW;
     h->payload_bytes = bytes;
     if (is_zero(payload, bytes)) {
@@ -224,6 +228,7 @@ static int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t
     e->logical_bytes += bytes;
     if (s) {
         e->logical_bytes -= (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
+        e->overwritten++;
         s->loc = loc;
         s->mask = carried;
         return 0;
@@ -268,6 +273,7 @@ static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t
         error = index_put_range(&e->index, disk, block, block + blocks, flags);
         if (error)
             return error;
+        e->overwritten += SEGMENT_FRAMES_MIN; /* a guess: worth a look */
     }
     h = begin(g, e, 0);
     h->kind = FRAME_ZERO;
@@ -280,8 +286,10 @@ static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t
         struct index_slot *s = index_find(&e->index, disk, block + i);
 
         e->logical_bytes += BLOCK_BYTES;
-        if (s)
+        if (s) {
             e->logical_bytes -= (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
+            e->overwritten++;
+        }
         error = index_put(&e->index, disk, block + i, loc, MASK_FULL);
         if (error)
             return error;

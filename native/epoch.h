@@ -5,7 +5,8 @@
  *
  * Owner: the reactor thread. Epochs are kept oldest first; the last one is open. A helper
  * job pins its epoch (`jobs`); an epoch dropped meanwhile goes with its last job.
- * Errors: -ENOMEM (index), -EIO (a frame that does not expand). Running out of arena is not
+ * Errors: -ENOMEM (index), -EIO (a frame that does not expand), -EFAULT (guest memory vanished
+ * under the copy). Running out of arena is not
  * an error: ask epoch_room() first, then the write cannot run out.
  */
 #ifndef EPOCHD_EPOCH_H
@@ -36,6 +37,9 @@ struct epoch {
     struct segment_list kept_list; /* PACKED, and RAW ones that are not worth packing */
     uint64_t logical_bytes;        /* guest bytes that the index stands for, ranges aside */
     uint64_t stored_bytes;         /* of frames */
+    uint64_t overwritten;          /* frames of this epoch that are not the newest any more */
+    uint64_t reclaim_mark;         /* `overwritten` when the last pass over kept_list began */
+    uint32_t reclaim_left;         /* segments that this pass has still to look at */
     uint32_t jobs;                 /* helper jobs that use its segments or index */
     bool frozen;                   /* no more packing: a commit or an apply reads it */
     bool dropped;

@@ -11,12 +11,14 @@
 
 #include "check.h"
 #include "format.h"
+#include "span.h"
 
 typedef unsigned long long ull;
 
 /* Mappings that the handler knows. A slot is taken and given back by compare-and-swap. */
 #define MAPPINGS_MAX (CORE_DISKS_MAX * (CORE_REGIONS_MAX + 2))
 static struct mapping *known[MAPPINGS_MAX];
+uint32_t span_faults;
 
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
@@ -32,6 +34,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
             break;
         __atomic_store_n(&m->lost, 1, __ATOMIC_RELEASE);
+        __atomic_add_fetch(&span_faults, 1, __ATOMIC_RELEASE);
         return;
     }
     signal(number, SIG_DFL); /* ours: the access repeats and ends the process */
@@ -205,13 +208,14 @@ uint8_t *memory_at_user(const struct memory *m, uint64_t user, uint64_t bytes)
     return NULL;
 }
 
-void dirty_log_mark(const struct dirty_log *log, uint64_t guest, uint64_t bytes)
+bool dirty_log_mark(const struct dirty_log *log, uint64_t guest, uint64_t bytes)
 {
     if (bytes == 0)
-        return;
+        return true;
     for (uint64_t page = guest / PAGE; page <= (guest + bytes - 1) / PAGE; page++) {
         if (page / 8 >= log->bytes)
-            return;
+            return false;
         __atomic_fetch_or(&log->bits[page / 8], (uint8_t)(1u << page % 8), __ATOMIC_RELAXED);
     }
+    return true;
 }

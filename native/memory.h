@@ -56,7 +56,7 @@ uint8_t *memory_at(struct memory *m, uint64_t guest, uint64_t bytes, uint64_t *g
 /* Host address of a front end's user address; all of `bytes` must lie in one region. */
 uint8_t *memory_at_user(const struct memory *m, uint64_t user, uint64_t bytes);
 
-/* Marks guest pages as written. Outside of the bitmap: ignored, the front end sized it. */
-void dirty_log_mark(const struct dirty_log *log, uint64_t guest, uint64_t bytes);
+/* Marks guest pages as written; false: the bitmap does not cover them all. */
+bool dirty_log_mark(const struct dirty_log *log, uint64_t guest, uint64_t bytes);
 
 #endif

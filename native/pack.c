@@ -42,7 +42,7 @@ static void pack_one(struct pack *p, struct worker *w, struct arena_cursor *at,
     uint8_t *payload = (uint8_t *)(to + 1);
 
     *to = *from;
-    if (from->kind == FRAME_RAW) {
+    if (from->kind == FRAME_RAW && !p->copy_only) {
         /* One FRAME_ALIGN less than raw, or it is not worth expanding again. */
         size_t room = from->payload_bytes - FRAME_ALIGN;
         size_t bytes = ZSTD_compressCCtx(w->compress, payload, room, from + 1,
@@ -150,19 +150,24 @@ static void gather(struct group *g, struct pack *p, struct epoch *e)
     struct frame_header *h;
 
     p->frames = 0;
+    p->live_bytes = 0;
     while ((h = arena_frame_next(&g->arena, p->source, tail, &offset))) {
         arena_loc loc = arena_loc_of(p->source, at);
         const struct index_slot *s = NULL;
 
         if (h->blocks == 1)
             s = index_find(&e->index, h->disk, h->block);
-        if (h->blocks > 1 || (s && s->mask && s->loc == loc))
+        if (h->blocks > 1 || (s && s->mask && s->loc == loc)) {
             p->frame[p->frames++] = (struct pack_frame){.old = loc};
-        else
-            g->stats.dropped_frames++;
+            p->live_bytes += offset - at;
+        } else {
+            p->dead++;
+        }
         at = offset;
     }
 }
+
+#define RECLAIM_PERCENT 75u
 
 static bool may_pack(const struct group *g, const struct epoch *e)
 {
@@ -175,35 +180,78 @@ static bool may_pack(const struct group *g, const struct epoch *e)
     return e->raw_list.count > lag;
 }
 
+/* Under pressure a pass over the kept segments begins when it can gain something. */
+static bool may_reclaim(const struct group *g, struct epoch *e)
+{
+    if (e->frozen || e->kept_list.count == 0)
+        return false;
+    if (e->reclaim_left == 0 && group_pressure_percent(g) >= RECLAIM_PERCENT &&
+        e->overwritten - e->reclaim_mark >= SEGMENT_FRAMES_MIN) {
+        e->reclaim_left = e->kept_list.count;
+        e->reclaim_mark = e->overwritten;
+    }
+    return e->reclaim_left > 0;
+}
+
+static void start_job(struct group *g, struct pack *p, struct epoch *e)
+{
+    p->job = (struct job){.run = run, .done = done, .owner = p};
+    p->out = e->packed;
+    p->spare = arena_segment_take(&g->arena, e->id, SEGMENT_PACKED);
+    p->spare_used = p->incompressible = false;
+    p->bytes_out = p->compressed = p->raw = p->ns = 0;
+    check(worker_submit(&g->worker, &p->job, false));
+    p->busy = true;
+    e->jobs++;
+}
+
+/* The segment is out of its list: free it, copy it together, compress it or keep it. */
+static void take_source(struct group *g, struct pack *p, struct epoch *e)
+{
+    uint32_t tail = arena_tail(&g->arena, p->source);
+
+    p->dead = 0;
+    if (p->source == e->packed.segment) { /* the output is not its own source */
+        segment_list_append(&g->arena, &e->kept_list, p->source);
+        return;
+    }
+    gather(g, p, e);
+    if (p->frames == 0) {
+        e->stored_bytes -= tail;
+        arena_segment_free(&g->arena, p->source);
+    } else if (p->copy_only && p->live_bytes > tail / 2) {
+        segment_list_append(&g->arena, &e->kept_list, p->source);
+        return; /* its dead frames stay */
+    } else {
+        start_job(g, p, e);
+    }
+    g->stats.dropped_frames += p->dead;
+}
+
 bool pack_step(struct group *g)
 {
     struct pack *p = &g->pack;
     struct epoch *e = NULL;
 
-    if (p->busy || g->config.compress_level == 0 || g->arena.free_count == 0)
+    if (p->busy || g->arena.free_count == 0 || g->worker.outstanding == WORKER_RING)
         return false;
     for (uint32_t i = 0; i < g->epochs && !e; i++)
-        if (may_pack(g, g->epoch[i]))
+        if (may_pack(g, g->epoch[i]) || may_reclaim(g, g->epoch[i]))
             e = g->epoch[i];
     if (!e)
         return false;
-    p->job = (struct job){.run = run, .done = done, .owner = p};
     p->group = g;
     p->epoch = e;
-    p->source = e->raw_list.first;
-    p->out = e->packed;
-    p->spare = arena_segment_take(&g->arena, e->id, SEGMENT_PACKED);
-    p->spare_used = p->incompressible = false;
-    p->bytes_out = p->compressed = p->raw = p->ns = 0;
-    gather(g, p, e);
-    if (!worker_submit(&g->worker, &p->job, false)) {
-        arena_segment_free(&g->arena, p->spare);
-        return false;
+    p->copy_only = g->config.compress_level == 0;
+    if (may_pack(g, e)) {
+        p->source = segment_list_pop(&g->arena, &e->raw_list);
+        if (p->source == e->raw.segment)
+            e->raw.segment = SEGMENT_NONE;
+    } else {
+        p->source = segment_list_pop(&g->arena, &e->kept_list);
+        p->copy_only = true;
+        e->reclaim_left--;
     }
-    segment_list_pop(&g->arena, &e->raw_list);
-    if (p->source == e->raw.segment)
-        e->raw.segment = SEGMENT_NONE;
-    p->busy = true;
-    e->jobs++;
+    take_source(g, p, e);
     return true;
 }

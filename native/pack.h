@@ -6,6 +6,9 @@
  * was overwritten meanwhile is left behind. A segment whose first frames do not shrink is
  * kept as it is. Killed in between, both copies exist with the same seq: either will do.
  *
+ * Segments that were kept are looked at again when memory is short and at least a segment's
+ * worth of frames was overwritten since: one that is half dead or more is copied together.
+ *
  * Owner: the reactor thread; the job in flight is the helper's. One job at a time.
  */
 #ifndef EPOCHD_PACK_H
@@ -41,11 +44,14 @@ struct pack {
     uint32_t out_tail;          /* out.tail at the start, to undo */
     uint32_t spare;
     bool spare_used;
+    bool copy_only;             /* frames are moved as they are */
     bool incompressible;
     uint64_t bytes_out;
     uint64_t compressed, raw;   /* frames */
     uint64_t ns;
     uint32_t frames;
+    uint64_t live_bytes;        /* of those frames */
+    uint64_t dead;              /* frames left behind */
     struct pack_frame *frame;   /* PACK_FRAMES_MAX */
 };
 

@@ -81,15 +81,17 @@ void ring_resolve(struct ring *r)
     r->used = NULL;
     if (!m || !r->has_addr || n == 0)
         return;
-    if (r->desc_user % 16 || r->avail_user % 2 || r->used_user % 4) {
-        ring_break(r, "ring addresses %#llx, %#llx, %#llx are not aligned to 16, 2 and 4 bytes",
-                   (ull)r->desc_user, (ull)r->avail_user, (ull)r->used_user);
-        return;
-    }
     /* Both rings end in the 16-bit event index. */
     r->desc = (void *)memory_at_user(m, r->desc_user, n * sizeof(struct vring_desc));
     r->avail = (void *)memory_at_user(m, r->avail_user, 4 + n * 2 + 2);
     r->used = (void *)memory_at_user(m, r->used_user, 4 + n * sizeof(struct vring_used_elem) + 2);
+    /* A region at an odd address or offset can misalign what looks aligned. */
+    if ((uintptr_t)r->desc % 16 || (uintptr_t)r->avail % 2 || (uintptr_t)r->used % 4) {
+        r->desc = NULL;
+        ring_break(r, "rings at %#llx, %#llx, %#llx are not aligned to 16, 2 and 4 bytes in "
+                   "memory", (ull)r->desc_user, (ull)r->avail_user, (ull)r->used_user);
+        return;
+    }
     if (r->kicked && (!r->desc || !r->avail || !r->used))
         ring_break(r, "ring addresses %#llx, %#llx, %#llx are outside of the guest's memory",
                    (ull)r->desc_user, (ull)r->avail_user, (ull)r->used_user);
@@ -205,10 +207,18 @@ void ring_update(struct ring *r)
 
 /* ---- Kicks and calls -------------------------------------------------------------------- */
 
+void ring_log(struct ring *r, uint64_t guest, uint64_t bytes)
+{
+    /* An unmarked page would be stale after a migration, with nobody the wiser. */
+    if (!dirty_log_mark(r->blk->log, guest, bytes))
+        ring_break(r, "the dirty log of %llu bytes does not cover guest address %#llx",
+                   (ull)r->blk->log->bytes, (ull)guest);
+}
+
 static void log_used(struct ring *r, uint64_t offset, uint64_t bytes)
 {
     if (r->blk->log && r->addr_flags & VHOST_VRING_LOG)
-        dirty_log_mark(r->blk->log, r->used_guest + offset, bytes);
+        ring_log(r, r->used_guest + offset, bytes);
 }
 
 void ring_want_kicks(struct ring *r, bool want)

@@ -108,6 +108,9 @@ void ring_want_kicks(struct ring *r, bool want);
 /* Fills c from the chain at head; false: the ring is broken now. */
 bool ring_chain(struct ring *r, uint16_t head, struct chain *c);
 
+/* Marks guest memory as written by us in the dirty log, which must be there. */
+void ring_log(struct ring *r, uint64_t guest, uint64_t bytes);
+
 void ring_break(struct ring *r, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void ring_call(struct ring *r);
 

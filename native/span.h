@@ -14,6 +14,14 @@ struct span {
     uint64_t bytes;
 };
 
+/* Counts accesses to guest memory that had no memory behind them (memory.c); a copy during
+ * which it moves has copied zeroes. */
+extern uint32_t span_faults;
+static inline uint32_t span_faults_now(void)
+{
+    return __atomic_load_n(&span_faults, __ATOMIC_ACQUIRE);
+}
+
 struct span_cursor {
     const struct span *span;
     uint32_t count, at;
