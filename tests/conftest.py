@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ def _closed(daemons: Sequence[Daemon | StorageDaemon]) -> None:
         pytest.fail("\n".join(problems), pytrace=False)
 
 
+@contextlib.contextmanager
+def serving(daemon: Daemon) -> Iterator[Daemon]:
+    """A daemon for a whole module: started, its log shown on failure, checked at the end."""
+    running.append(daemon)
+    try:
+        yield daemon.start()
+    finally:
+        _closed([daemon])
+
+
 StartDaemon = Callable[..., Daemon]
 Attach = Callable[..., Disk]
 
@@ -68,11 +79,8 @@ def agent(epochd: StartDaemon) -> Daemon:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon for a whole module of tests, none of which depends on what is on the disk."""
-    daemon = Daemon(tmp_path_factory.mktemp("shared"), arena="64M")
-    running.append(daemon)
-    daemon.start()
-    yield daemon
-    _closed([daemon])
+    with serving(Daemon(tmp_path_factory.mktemp("shared"), arena="64M")) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="module")

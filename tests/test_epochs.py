@@ -158,6 +158,31 @@ def test_numbers_are_not_used_again_after_the_arena_is_lost(agent: Daemon, attac
     assert agent.control.status()["open"] > max(used)
 
 
+def test_a_seal_falls_between_requests(agent: Daemon, attach: Attach) -> None:
+    """Whatever is in flight: the sealed epoch has a prefix of each ring's writes, each whole."""
+    disk, control = attach(agent, queues=2), agent.control
+    for turn in range(1, 31):
+        data = turn.to_bytes(2, "big") * (2 * BLOCK)  # four blocks a write
+        requests = [
+            disk.submit(Type.OUT, 32 * place, data, layout=Layout(indirect=0), queue=place % 2)
+            for place in range(64)
+        ]
+        answer = control.begin("epoch-seal")
+        disk.wait(*requests)
+        epoch = answer.result()["epoch"]
+        control.commit(epoch)
+        control.discard()
+        seen = [disk.read(32 * place, 32) for place in range(64)]
+        for queue in (0, 1):
+            new = [contents == data for contents in seen[queue::2]]
+            assert new == sorted(new, reverse=True), f"turn {turn}: not a prefix"
+        old = (turn - 1).to_bytes(2, "big") * (2 * BLOCK)
+        assert set(seen) <= {data, old}, f"turn {turn}: half a write"
+        for place in range(64):  # the same base for the next turn
+            disk.write(32 * place, data)
+        control.checkpoint()
+
+
 # ---- the verbs' rules ---------------------------------------------------------------------
 
 
@@ -615,6 +640,35 @@ def test_many_flushes_while_active(agent: Daemon, attach: Attach) -> None:
     agent.stop("quit")
     wanted = b"".join(block(turn) for turn in range(60))
     assert agent.image_bytes()[: len(wanted)] == wanted
+
+
+def test_a_ring_stops_with_its_flushes_answered(agent: Daemon, attach: Attach) -> None:
+    disk = attach(agent)
+    agent.control.execute("promote")
+    queue = disk.queues[0]
+    for turn in range(20):
+        for place in range(16):
+            disk.submit(Type.OUT, 8 * place, block(turn), layout=Layout(indirect=0))
+            disk.submit(Type.FLUSH, layout=Layout(indirect=0))
+        base = disk.stop_queue(0)
+        assert queue.used_idx == base
+        disk.reap()
+        disk.start_queue(queue, base=base)
+        disk.wait(*disk.requests.values())
+
+
+def test_a_front_end_may_hang_up_while_its_flushes_wait(agent: Daemon, attach: Attach) -> None:
+    agent.control.execute("promote")
+    for turn in range(20):
+        disk = attach(agent, queues=2)
+        for place in range(16):
+            disk.submit(Type.OUT, 8 * place, block(turn), layout=Layout(indirect=0))
+            disk.submit(Type.FLUSH, layout=Layout(indirect=0), queue=1)
+        disk.close()
+    disk = attach(agent)
+    disk.write(0, block(100))
+    disk.flush()
+    assert disk.read(0, 8) == block(100)
 
 
 def test_an_active_agent_takes_more_than_its_arena(agent: Daemon, attach: Attach) -> None:

@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import Attach, StartDaemon
+from conftest import Attach, StartDaemon, serving
 from frontend import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
     DESC_F_WRITE,
     PAGE,
     Disk,
+    Feature,
     HungUp,
     Refused,
     Status,
@@ -26,6 +27,7 @@ from frontend import (
     VirtQueue,
 )
 from frontend.blk import HEADER
+from frontend.device import WANTED_FEATURES
 from harness import Daemon, DiskSpec, until
 
 IN, OUT = DESC_F_WRITE, 0
@@ -105,11 +107,9 @@ class Scene:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One daemon with two disks for all tests here: what one test breaks, the next would see."""
-    daemon = Daemon(tmp_path_factory.mktemp("pair"), [DiskSpec("bad"), DiskSpec("good")])
-    daemon.start()
-    yield daemon
-    daemon.close()
-    assert daemon.complaints() == []
+    folder = tmp_path_factory.mktemp("pair")
+    with serving(Daemon(folder, [DiskSpec("bad"), DiskSpec("good")])) as daemon:
+        yield daemon
 
 
 @pytest.fixture
@@ -191,6 +191,16 @@ def test_an_indirect_table_longer_than_any_chain(scene: Scene, size: int) -> Non
 def test_an_indirect_table_outside_memory(scene: Scene, addr: int) -> None:
     scene.descs((addr, 48, INDIRECT, 0))
     scene.broken("memory", "wraps")
+
+
+def test_an_indirect_table_though_the_feature_was_not_negotiated(
+    pair: Daemon, scene: Scene, attach: Attach
+) -> None:
+    scene.hostile.close()
+    scene.hostile = attach(pair, 0, queues=2, features=WANTED_FEATURES & ~Feature.INDIRECT_DESC)
+    scene.prepare()
+    scene.indirect((scene.header, 16, NEXT, 1), (scene.status, 1, IN, 0))
+    scene.broken("indirect")
 
 
 @pytest.mark.parametrize("indirect", [False, True])

@@ -23,8 +23,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 from conftest import running
-from frontend import SECTOR, Disk, Layout, Status, Type
-from harness import ControlError, Daemon, DiskSpec, until
+from frontend import SECTOR, BlkRequest, Disk, Layout, Status, Type
+from harness import ControlError, Daemon, DiskSpec
 from hypothesis import strategies
 from model import Model
 
@@ -57,6 +57,7 @@ class History:
         self.disks: list[Disk] = []
         self.trace: list[str] = []
         self.written = 0
+        self.extents: list[tuple[int, int]] = []  # of the last burst
         try:
             self.daemon.start()
             self.model = Model(SIZES, self.daemon.control.status()["open"])
@@ -164,8 +165,9 @@ class History:
         self.note(f"burst disk {disk}")
         self.disks[disk].wait(*self.submit_burst(disk, chance))
 
-    def submit_burst(self, disk: int, chance: random.Random) -> list:  # type: ignore[type-arg]
+    def submit_burst(self, disk: int, chance: random.Random) -> list[BlkRequest]:
         requests = []
+        self.extents = []
         for place in chance.sample(range(SIZES[disk] // 8192), 32):
             first = place * 16 + chance.randrange(8)
             data = self.data(chance, chance.randrange(1, 9))
@@ -174,6 +176,7 @@ class History:
                     Type.OUT, first, data, layout=Layout(indirect=0), queue=place % QUEUES
                 )
             )
+            self.extents.append((first, len(data)))
             self.model.write(disk, first * SECTOR, data)
         return requests
 
@@ -223,18 +226,35 @@ class History:
                 disk.reconnect()
         self.check_status()
 
-    def kill_with_requests(self, chance: random.Random) -> None:
+    def stop_with_requests(self, chance: random.Random) -> None:
         """Requests in flight are finished by the next agent, each once."""
         disk = chance.randrange(len(SIZES))
         self.make_room(32 * 4096)
-        self.note(f"kill with writes in flight on disk {disk}")
+        how = chance.choice(["kill", "kill", "term", "quit"])
+        self.note(f"{how} with writes in flight on disk {disk}")
         requests = self.submit_burst(disk, chance)
-        self.daemon.restart("kill")
+        self.daemon.restart(how)
         for front_end in self.disks:
             front_end.reconnect()
         self.disks[disk].wait(*requests)
         assert {request.status for request in requests} == {Status.OK}
         self.check_status()
+
+    def hang_up_with_requests(self, chance: random.Random) -> None:
+        """Of writes that nobody saw answered, each happened as a whole or not at all."""
+        disk = chance.randrange(len(SIZES))
+        self.make_room(32 * 4096)
+        self.note(f"hang up with writes in flight on disk {disk}")
+        before = bytes(self.model.now[disk])
+        self.submit_burst(disk, chance)
+        self.attach()
+        for first, size in self.extents:
+            start = first * SECTOR
+            found = self.disks[disk].read(first, size // SECTOR)
+            if found == before[start : start + size]:
+                self.model.write(disk, start, found)
+            self.compare(disk, start, found)
+        self.write(chance)  # whatever happened before, the epoch is not empty now
 
     def kill_with_a_verb(self, chance: random.Random) -> None:
         """The verb happened as a whole or not at all; the status tells which."""
@@ -351,7 +371,8 @@ WEIGHTS: dict[str, int] = {
     "check_all": 2,
     "check_images": 2,
     "restart": 1,
-    "kill_with_requests": 1,
+    "stop_with_requests": 1,
+    "hang_up_with_requests": 1,
     "kill_with_a_verb": 1,
     "reboot": 1,
 }
@@ -491,6 +512,5 @@ def test_the_harness_sees_a_wrong_sector(tmp_path: Path) -> None:
         history.commit(None)
         with pytest.raises(AssertionError, match="image 1 differs in 1 sectors"):
             history.check_images()
-        until("status", history.daemon.control.status)
     finally:
         history.close()

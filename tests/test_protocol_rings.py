@@ -248,6 +248,29 @@ def test_after_a_reset_the_device_can_be_set_up_again(shared: Daemon, attach: At
     assert disk.read(0, 1) == b"\x33" * 512
 
 
+def test_memory_is_known_also_after_a_reset(shared: Daemon, attach: Attach) -> None:
+    """A front end that tells only differences of its memory tells nothing again."""
+    disk = attach(shared)
+    disk.write(0, b"\x34" * 512)
+    disk.reset()
+    disk.queues.pop(0).close()
+    disk.acknowledge()
+    disk.start_queue(disk.make_queue(0, 32))
+    assert disk.read(0, 1) == b"\x34" * 512
+
+
+def test_a_reset_with_requests_in_flight(shared: Daemon, attach: Attach) -> None:
+    for _ in range(10):
+        disk = attach(shared, queues=2)
+        for place in range(32):
+            disk.submit(Type.IN, 8 * place, room=4096, queue=place % 2)
+        disk.reset()
+        before = [disk.queues[index].used_idx for index in (0, 1)]
+        disk.settle()
+        assert [disk.queues[index].used_idx for index in (0, 1)] == before
+        disk.close()
+
+
 # ---- the memory table ---------------------------------------------------------------------
 
 
