@@ -162,7 +162,7 @@ def _lock(path: Path, fd: int, read_only: bool) -> None:
         # While epochs are applied the image is of no point in time: nobody may rely on it.
         held, unshared = held | locks.WRITE, unshared | locks.CONSISTENT_READ
     try:
-        locks.lock_image(fd, held, unshared)
+        locks.patiently(lambda: locks.lock_image(fd, held, unshared))
     except locks.LockConflict as conflict:
         raise ImageInUse(path, conflict) from None
     except OSError as error:

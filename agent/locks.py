@@ -1,7 +1,9 @@
 """Open-file-description locks on images and journal.
 
 Contract: a lock lives as long as the open file description of `fd`; closing the last
-descriptor drops it. Nothing here blocks.
+descriptor drops it. A killed agent's io_uring keeps its files open until the kernel has
+taken it down, some time after the process is gone; patiently() waits for that, nothing else
+here blocks.
 
 Images are locked the way QEMU does it (block/file-posix.c), so that QEMU's tools and we
 refuse each other: each permission bit owns two bytes of the file. A read lock on byte
@@ -14,7 +16,8 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 CONSISTENT_READ = 1
 WRITE = 2
@@ -25,6 +28,10 @@ _NAMES = {CONSISTENT_READ: "read", WRITE: "write", WRITE_UNCHANGED: "rewrite", R
 _HELD_BASE = 100
 _UNSHARED_BASE = 200
 _FLOCK = "hhqqi0q"  # struct flock: type, whence, start, length, pid
+
+
+PATIENCE_S = 3.0
+_RETRY_S = 0.02
 
 
 class LockConflict(Exception):
@@ -78,3 +85,20 @@ def lock_exclusive(fd: int) -> None:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise LockConflict("locked") from None
         raise
+
+
+def patiently(lock: Callable[[], None]) -> None:
+    """Call `lock` until it succeeds; after PATIENCE_S its LockConflict comes through.
+
+    A service manager restarts a killed agent at once: earlier than the kernel lets go of the
+    files that writes in flight still use.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            lock()
+            return
+        except LockConflict:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_RETRY_S)

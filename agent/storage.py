@@ -113,7 +113,7 @@ def open_journal(path: Path, size_bytes: int) -> Journal:
     journal = Journal(path, fd, direct, False, os.fstat(fd).st_size)
     try:
         try:
-            locks.lock_exclusive(fd)
+            locks.patiently(lambda: locks.lock_exclusive(fd))
         except locks.LockConflict:
             raise JournalInUse(path) from None
         os.fchmod(fd, 0o600)
