@@ -93,7 +93,7 @@ int index_reserve(struct index *x, uint64_t expected)
 
     if (likely(x->used + 1 <= x->buckets * 4))
         return 0;
-    buckets = x->buckets < 4096 ? x->buckets * 2 : x->buckets + x->buckets / 2;
+    buckets = x->buckets + x->buckets / 2;
     if (x->buckets == 0)
         buckets = expected / 4 + 1;
     return grow(x, buckets < BUCKETS_MIN ? BUCKETS_MIN : buckets);

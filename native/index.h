@@ -5,7 +5,7 @@
  * entry. A slot wins over a range: putting a range empties the slots that it covers.
  *
  * Owner: the reactor thread; a frozen index (its epoch is being applied) may be read by a
- * helper. Memory: private, 13 to 24 bytes a block from 64 buckets on (load 5/8 to 0.8).
+ * helper. Memory: private, 16 to 24 bytes a block, and 4 KiB at least.
  * Errors: -ENOMEM from index_put() and index_put_range(), before anything has changed.
  */
 #ifndef EPOCHD_INDEX_H
