@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -231,7 +231,7 @@ class Daemon:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.folder = folder
-        self.specs = list(disks)
+        self.specs = [replace(spec) for spec in disks]
         self.arena = arena
         self.options = list(options)
         self.environment = dict(environment or {})

@@ -222,7 +222,7 @@ def test_a_marked_request_is_submitted_again(shared: Daemon, attach: Attach) -> 
     assert not disk.requests
 
 
-@pytest.mark.parametrize("junk", [b"\xff", b"\x01", os.urandom(1)])
+@pytest.mark.parametrize("junk", [b"\xff", b"\x01", b"\xa7"])
 def test_a_region_full_of_junk_costs_only_its_author(
     epochd: StartDaemon, attach: Attach, junk: bytes
 ) -> None:
