@@ -364,7 +364,7 @@ int core_next_event(core *c, core_event *out)
         r->event_first = n->next;
         if (!r->event_first)
             r->event_last = NULL;
-        r->events--;
+        __atomic_sub_fetch(&r->events, 1, __ATOMIC_RELAXED);
     }
     pthread_mutex_unlock(&r->event_lock);
     if (!n)

@@ -25,7 +25,8 @@ void reactor_emit(struct reactor *r, const core_event *event)
 {
     struct event_node *n;
     uint64_t one = 1;
-    bool drop = event->type != CORE_EVENT_DONE && r->events >= EVENTS_MAX;
+    bool drop = event->type != CORE_EVENT_DONE &&
+                __atomic_load_n(&r->events, __ATOMIC_RELAXED) >= EVENTS_MAX;
 
     n = drop ? NULL : malloc(sizeof(*n));
     if (!n) {
@@ -41,7 +42,7 @@ void reactor_emit(struct reactor *r, const core_event *event)
     else
         r->event_first = n;
     r->event_last = n;
-    r->events++;
+    __atomic_add_fetch(&r->events, 1, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&r->event_lock);
     if (write(r->event_fd, &one, sizeof(one)) < 0) {
         /* EAGAIN: it is readable already */

@@ -75,7 +75,8 @@ struct reactor {
     uint32_t commands;            /* in the list; read without the lock */
     pthread_mutex_t event_lock;
     struct event_node *event_first, *event_last;
-    uint32_t events, events_lost;
+    uint32_t events;              /* in the list; read without the lock */
+    uint32_t events_lost;         /* the reactor's */
     pthread_mutex_t query_lock;
     pthread_cond_t query_done;
 };
