@@ -259,8 +259,8 @@ Exit status: 0 stopped cleanly, 1 failure while running, 2 usage or configuratio
 3 image unusable or in use, 4 journal, arena or recovery refused, 5 socket unusable.
 
 SIGTERM and SIGINT stop cleanly: committed epochs are brought into the images, open and
-sealed ones stay in the arena for the next start. A second signal does not wait for the
-images; the journal brings them up to date at the next start.
+sealed ones stay in the arena for the next start. A second signal after a second or more
+does not wait for the images; the journal brings them up to date at the next start.
 """
 
 

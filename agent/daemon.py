@@ -29,6 +29,10 @@ log = logging.getLogger("epochd")
 Door = Listener | socket.socket
 
 
+# timeout(1) and shells signal a process and then its group: that is one wish, not two.
+HURRY_SECONDS = 1.0
+
+
 class RuntimeFailure(EpochdError):
     """{}: {}"""
 
@@ -50,6 +54,7 @@ class Daemon:
         self._server: qmp.Server | None = None
         self._stop_asked = asyncio.Event()
         self._hurry_asked = asyncio.Event()
+        self._first_signal = 0.0
         self._reason = ""
 
     async def run(self) -> None:
@@ -122,8 +127,11 @@ class Daemon:
             loop.add_signal_handler(number, self._signalled, number)
 
     def _signalled(self, number: signal.Signals) -> None:
-        if self._stop_asked.is_set():
-            log.warning("%s again: not waiting for the images", number.name)
+        if not self._stop_asked.is_set():
+            self._first_signal = time.monotonic()
+        elif time.monotonic() - self._first_signal >= HURRY_SECONDS:
+            if not self._hurry_asked.is_set():
+                log.warning("%s again: not waiting for the images", number.name)
             self._hurry_asked.set()
         self._ask_stop(number.name)
 

@@ -127,7 +127,8 @@ def _open(path: Path, flags: int) -> int:
 def _open_direct(path: Path, flags: int) -> tuple[int, bool]:
     """Open with O_DIRECT when the file system has it; return (fd, direct)."""
     try:
-        return _open(path, flags | os.O_DIRECT), True
+        # An exclusive device may still be in the hands of a killed agent, as a lock may.
+        return locks.patiently(lambda: _open(path, flags | os.O_DIRECT), ImageInUse), True
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise ImageError(path, f"cannot be opened: {error.strerror}") from None

@@ -18,6 +18,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 CONSISTENT_READ = 1
 WRITE = 2
@@ -32,6 +33,8 @@ _FLOCK = "hhqqi0q"  # struct flock: type, whence, start, length, pid
 
 PATIENCE_S = 3.0
 _RETRY_S = 0.02
+
+Taken = TypeVar("Taken")
 
 
 class LockConflict(Exception):
@@ -87,8 +90,8 @@ def lock_exclusive(fd: int) -> None:
         raise
 
 
-def patiently(lock: Callable[[], None]) -> None:
-    """Call `lock` until it succeeds; after PATIENCE_S its LockConflict comes through.
+def patiently(take: Callable[[], Taken], conflict: type[Exception] = LockConflict) -> Taken:
+    """Call `take` until it succeeds; after PATIENCE_S its `conflict` comes through.
 
     A service manager restarts a killed agent at once: earlier than the kernel lets go of the
     files that writes in flight still use.
@@ -96,9 +99,8 @@ def patiently(lock: Callable[[], None]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            lock()
-            return
-        except LockConflict:
+            return take()
+        except conflict:
             if time.monotonic() > deadline:
                 raise
         time.sleep(_RETRY_S)

@@ -386,21 +386,45 @@ def test_a_clean_stop_keeps_what_is_not_committed(agent: Daemon, attach: Attach)
     assert attach(agent).read(0, 8) == b"\x01" * 4096
 
 
-def test_a_second_signal_loses_nothing(agent: Daemon, attach: Attach) -> None:
-    """It only leaves to the next start what the images do not have yet."""
-    disk = attach(agent)
-    for block in range(500):
-        disk.write(block * 8, block.to_bytes(2, "little") * 2048)
+def signalled(agent: Daemon, words: str) -> bool:
+    """Send one more SIGTERM and see whether the log has `words` by now."""
+    os.kill(agent.pid, signal.SIGTERM)
+    return words in agent.log()
+
+
+def test_signals_at_once_are_one_wish(agent: Daemon, attach: Attach) -> None:
+    """timeout(1) sends two: the images are up to date all the same."""
+    attach(agent).write(0, b"\x01" * 4096)
     agent.control.checkpoint()
-    disk.write(0, b"\xff" * 4096)
-    os.kill(agent.pid, signal.SIGTERM)
-    os.kill(agent.pid, signal.SIGTERM)
+    for _ in range(3):
+        os.kill(agent.pid, signal.SIGTERM)
     assert agent.wait_exit() == 0
-    agent.start()
-    assert attach(agent).read(0, 8) == b"\xff" * 4096
-    agent.control.wait_applied()
-    content = b"".join(block.to_bytes(2, "little") * 2048 for block in range(500))
-    assert agent.image_bytes()[: len(content)] == content
+    assert agent.image_bytes()[:4096] == b"\x01" * 4096
+    assert "not waiting" not in agent.log()
+
+
+def test_a_second_signal_does_not_wait_for_the_images(
+    epochd: StartDaemon, attach: Attach, tmp_path: Path
+) -> None:
+    """The image's file system is frozen: applying waits. The next start does the rest."""
+    with mounted(tmp_path, 64) as root:
+        image = make_image(root, 16 * MIB)
+        agent = epochd(DiskSpec(image=image))
+        disk = attach(agent)
+        content = b"".join(block.to_bytes(2, "little") * 2048 for block in range(500))
+        disk.write(0, content[: 250 * 4096])
+        disk.write(2000, content[250 * 4096 :])
+        subprocess.run(["fsfreeze", "--freeze", root], check=True)
+        try:
+            agent.control.checkpoint()
+            until("the agent to hurry", lambda: signalled(agent, "not waiting"))
+        finally:
+            subprocess.run(["fsfreeze", "--unfreeze", root], check=True)
+        assert agent.wait_exit() == 0
+        agent.start()
+        agent.control.wait_applied()
+        assert agent.image_bytes()[: len(content)] == content
+        agent.stop()
 
 
 def test_a_stop_does_not_wait_for_room_in_the_arena(epochd: StartDaemon, attach: Attach) -> None:
