@@ -322,7 +322,9 @@ void core_close(core *c)
         submit(c, command_new(COMMAND_EXIT, 0, 0, 0));
         pthread_join(r->thread, NULL);
     }
-    disk_uring_close(r->uring); /* waits for what is in flight: buffers are freed next */
+    if (r->unsettled)
+        return; /* the kernel may still write to our buffers */
+    disk_uring_close(r->uring);
     for (uint32_t i = 0; i < r->group.config.disks; i++)
         blk_free(&r->blk[i]);
     group_close(&r->group);

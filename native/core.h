@@ -132,7 +132,7 @@ enum core_event_type {
     CORE_EVENT_SEALED,        /* value: epoch */
     CORE_EVENT_COMMITTED,     /* value: newest epoch committed */
     CORE_EVENT_APPLIED,       /* value: newest epoch applied */
-    CORE_EVENT_DISCARDED,     /* first..last: epochs dropped */
+    CORE_EVENT_DISCARDED,     /* first..last: epochs dropped, value: newest committed */
     CORE_EVENT_PRESSURE,      /* value: arena use in percent, first: 1 when writes are held */
     CORE_EVENT_IO_ERROR,      /* result: -errno, text: what failed, disk or CORE_NO_DISK */
     CORE_EVENT_RING_BROKEN,   /* disk, value: queue, text */
@@ -158,7 +158,8 @@ typedef struct {
 /* Journal and life cycle. core_open() recovers: journal, arena, index. The reactor runs
  * from core_start() to the DONE of core_stop(), which first brings all committed epochs
  * into the images (in active mode it commits everything before). core_close() after that
- * frees everything; without core_stop() it is a crash. core_arena_idle() after stop: 1 when
+ * frees everything; without core_stop() it is a crash, and leaves memory that a disk which
+ * does not answer may still write to. core_arena_idle() after stop: 1 when
  * the arena holds no guest data, so its shared memory may be unlinked. */
 int core_journal_inspect(int fd, core_journal_info *out, char *text);
 int core_journal_format(const core_config *config, const uint8_t *group, char *text);

@@ -21,7 +21,6 @@ struct disk_uring {
     struct disk disk;
     struct io_uring ring;
     uint32_t in_flight;          /* given to the kernel */
-    uint32_t waiting;            /* in the list below */
     struct disk_op *head, *tail; /* not yet given: DEPTH was reached */
     uint8_t *buffer;
     uint64_t buffer_bytes;
@@ -117,7 +116,6 @@ static void submit(struct disk *d, struct disk_op *op)
     else
         u->head = op;
     u->tail = op;
-    u->waiting++;
 }
 
 /* A short transfer is continued: the kernel then says why it was short. */
@@ -204,7 +202,6 @@ static uint32_t drain(struct disk_uring *u)
         u->head = op->next;
         if (!u->head)
             u->tail = NULL;
-        u->waiting--;
         give(u, op);
     }
     return delivered;
@@ -261,9 +258,20 @@ void disk_uring_unwatch(struct disk_uring *u, uint32_t tag)
     io_uring_submit(&u->ring); /* before the caller closes the descriptor */
 }
 
-uint32_t disk_uring_busy(const struct disk_uring *u)
+uint32_t disk_uring_in_flight(const struct disk_uring *u)
 {
-    return u->in_flight + u->waiting;
+    return u->in_flight;
+}
+
+void disk_uring_discard(struct disk_uring *u)
+{
+    struct io_uring_cqe *cqe;
+
+    while (io_uring_peek_cqe(&u->ring, &cqe) == 0 && cqe) {
+        if (cqe->user_data != IGNORE && !(cqe->user_data & WATCH_BIT))
+            u->in_flight--;
+        io_uring_cqe_seen(&u->ring, cqe);
+    }
 }
 
 static int setup_ring(struct io_uring *ring)
@@ -336,8 +344,7 @@ void disk_uring_close(struct disk_uring *u)
 {
     if (!u)
         return;
-    while (disk_uring_busy(u) > 0)
-        reap(&u->disk, true);
+    check(u->in_flight == 0);
     io_uring_queue_exit(&u->ring);
     free(u);
 }

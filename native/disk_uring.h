@@ -27,8 +27,10 @@ void disk_uring_unwatch(struct disk_uring *u, uint32_t tag);
 /* Sleeps until a completion, a watched eventfd or the timeout (ns; 0: none). */
 void disk_uring_sleep(struct disk_uring *u, uint64_t timeout_ns);
 
-/* Operations submitted and not yet delivered. */
-uint32_t disk_uring_busy(const struct disk_uring *u);
+/* For the end: operations that the kernel has, and taking their completions without
+ * delivering them. What was not given to the kernel yet never will be. */
+uint32_t disk_uring_in_flight(const struct disk_uring *u);
+void disk_uring_discard(struct disk_uring *u);
 
 #define DISK_URING_TAGS 1024u
 

@@ -280,6 +280,19 @@ static void sleep_until_work(struct reactor *r)
     want_kicks(r, false);
 }
 
+/* What is in flight uses our buffers: give it a moment. A disk that does not answer is not
+ * waited for; then nothing of the core is freed, the process is about to end. */
+static void settle(struct reactor *r)
+{
+    uint64_t until = now_ns() + SETTLE_NS;
+
+    while (disk_uring_in_flight(r->uring) > 0 && now_ns() < until) {
+        disk_uring_sleep(r->uring, SETTLE_NS / 50);
+        disk_uring_discard(r->uring);
+    }
+    r->unsettled = disk_uring_in_flight(r->uring) > 0;
+}
+
 void *reactor_main(void *arg)
 {
     struct reactor *r = arg;
@@ -297,5 +310,6 @@ void *reactor_main(void *arg)
             last_work = now_ns();
         }
     }
+    settle(r);
     return NULL;
 }

@@ -55,6 +55,7 @@ struct event_node {
 #define EVENTS_MAX 4096u          /* of the kinds that may be dropped */
 #define POLL_BUDGET 64u           /* requests a ring a round */
 #define RINGS_MAX (CORE_DISKS_MAX * CORE_QUEUES_MAX)
+#define SETTLE_NS 500000000ull    /* at the end, for what is in flight */
 #define SLEEP_POLLED_NS 200000ull /* with a ring that has no kick descriptor */
 
 struct reactor {
@@ -68,6 +69,7 @@ struct reactor {
     uint8_t *block;               /* one block, for reads */
     pthread_t thread;
     bool started, exit;
+    bool unsettled;               /* ended with I/O in flight: free nothing */
     int wake_fd;                  /* control or helper thread -> reactor */
     int event_fd;                 /* reactor -> control thread */
     pthread_mutex_t command_lock;
