@@ -253,6 +253,8 @@ int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cur
     uint64_t sectors = bytes / SECTOR_BYTES;
     struct epoch *e = epoch_open(g);
 
+    if (sectors == 0) /* legal; a frame of no sectors is not */
+        return 0;
     for (uint64_t block = sector / BLOCK_SECTORS; block * BLOCK_SECTORS < sector + sectors; block++) {
         int error = write_block(g, e, disk, block, block_mask(block, sector, sectors), from);
         if (unlikely(error))
@@ -307,6 +309,8 @@ int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors
     struct span span = {.ptr = zeroes, .bytes = BLOCK_BYTES};
     int error = 0;
 
+    if (sectors == 0)
+        return 0;
     if (sector % BLOCK_SECTORS) {
         struct span_cursor from = span_start(&span, 1);
         uint64_t block = sector / BLOCK_SECTORS;
