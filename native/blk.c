@@ -83,7 +83,7 @@ static void request_free(struct request *q)
 static void request_finish(struct request *q)
 {
     /* A front end that went away is not written to. */
-    if (q->ring->used)
+    if (q->ring->used && !q->unreachable)
         finish(q->blk, q->ring, q->head, q->in, q->in_count,
                q->status == VIRTIO_BLK_S_OK ? q->in_bytes : 0, q->status);
     request_free(q);

@@ -35,6 +35,7 @@ struct request {
     struct request *next, **link;  /* the blk's list */
     struct flush_waiter waiter;
     bool waits_flush;
+    bool unreachable;              /* its status byte is in no memory any more */
     uint16_t head;
     uint8_t status;
     uint32_t parts;                /* image reads in flight, plus one while they are started */

@@ -124,6 +124,20 @@ static void bind_inflight(struct blk *b)
     }
 }
 
+/* Requests that wait for a flush have their status byte to write still: in the new table. */
+static void move_requests(struct blk *b)
+{
+    for (struct request *q = b->requests; q; q = q->next) {
+        struct span *last = &q->in[q->in_count - 1]; /* spans are never empty */
+        uint64_t got, at = last->guest + last->bytes - 1;
+        uint8_t *status = b->memory ? memory_at(b->memory, at, 1, &got) : NULL;
+
+        q->unreachable = !status;
+        if (status)
+            last->ptr = status - (last->bytes - 1);
+    }
+}
+
 static bool do_memory(struct blk *b, struct command *c)
 {
     if (!b->paused)
@@ -134,6 +148,7 @@ static bool do_memory(struct blk *b, struct command *c)
     memory_free(b->memory);
     b->memory = c->memory;
     b->lost_told = false;
+    move_requests(b);
     pause_rings(b, false);
     reactor_done(b->core, c, 0, 0, NULL);
     return true;
@@ -171,15 +186,16 @@ static bool do_reset(struct blk *b, struct command *c)
 static bool do_stop(struct blk *b, struct command *c)
 {
     struct ring *r = &b->ring[c->queue];
-    struct command *later;
+    bool gone = false;
 
-    if (r->running && r->resubmit_next < r->resubmits)
+    for (const struct command *later = c->next; later; later = later->next)
+        gone |= later->kind == COMMAND_RESET;
+    if (gone)
+        abandon(b); /* nobody waits for these flushes */
+    else if (r->running && r->resubmit_next < r->resubmits)
         return false; /* taken before we started: they have to be answered */
     r->stopping = true;
     ring_update(r);
-    for (later = c->next; later; later = later->next)
-        if (later->kind == COMMAND_RESET)
-            abandon(b); /* the front end is gone: nobody waits for these flushes */
     if (r->inflight)
         return false;
     ring_publish(r);
@@ -278,6 +294,7 @@ static void do_now(struct blk *b, struct command *c)
         choose_log(b);
         break;
     case COMMAND_INFLIGHT:
+        publish_all(b); /* what is pushed is noted in the old region, by its size */
         mapping_free(b->inflight_map);
         b->inflight_map = c->mapping;
         b->inflight_offset = c->offset;
@@ -351,7 +368,8 @@ bool blk_step(struct blk *b)
     struct command *c = b->command_first;
     core_event lost = {.type = CORE_EVENT_MEMORY_LOST, .disk = b->disk};
 
-    if (b->memory && !b->lost_told && memory_lost(b->memory)) {
+    if (!b->lost_told && (memory_lost(b->memory) || mapping_lost(b->log_store.mapping) ||
+                          mapping_lost(b->inflight_map))) {
         b->lost_told = true;
         reactor_emit(b->core, &lost);
     }

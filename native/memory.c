@@ -91,10 +91,15 @@ void mapping_free(struct mapping *m)
     if (!m)
         return;
     for (uint32_t i = 0; i < MAPPINGS_MAX; i++)
-        if (known[i] == m)
+        if (__atomic_load_n(&known[i], __ATOMIC_RELAXED) == m)
             __atomic_store_n(&known[i], NULL, __ATOMIC_RELEASE);
     munmap(m->base, m->bytes);
     free(m);
+}
+
+bool mapping_lost(const struct mapping *m)
+{
+    return m && __atomic_load_n(&m->lost, __ATOMIC_ACQUIRE);
 }
 
 static int by_guest(const void *a, const void *b)
@@ -164,7 +169,7 @@ void memory_free(struct memory *m)
 bool memory_lost(const struct memory *m)
 {
     for (uint32_t i = 0; m && i < m->count; i++)
-        if (__atomic_load_n(&m->region[i].mapping->lost, __ATOMIC_ACQUIRE))
+        if (mapping_lost(m->region[i].mapping))
             return true;
     return false;
 }

@@ -45,6 +45,7 @@ int memory_handle_sigbus(void);
 
 int mapping_create(int fd, uint64_t bytes, struct mapping **out, char *text);
 void mapping_free(struct mapping *m);
+bool mapping_lost(const struct mapping *m);
 
 int memory_create(const core_region *regions, uint32_t count, struct memory **out, char *text);
 void memory_free(struct memory *m);

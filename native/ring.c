@@ -197,6 +197,7 @@ void ring_update(struct ring *r)
         r->fresh = false;
         r->used_idx = r->published = load_once(&r->used->idx);
         r->called_valid = false;
+        r->resubmits = r->resubmit_next = 0; /* of an earlier start */
         if (r->record)
             recover_inflight(r);
     }
