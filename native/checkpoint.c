@@ -58,6 +58,8 @@ static void answer_error(struct group *g, int error, const char *format, ...)
 static void limit_saved(struct group *g, int error)
 {
     g->checkpoint.limit_busy = false;
+    g->checkpoint.limit_error = error;
+    g->checkpoint.limit_retry_ns = error ? g->now_ns + GROUP_RETRY_NS : 0;
     if (error)
         group_io_error(g, CORE_NO_DISK, error, "reserving epoch ids in the journal");
 }
@@ -66,13 +68,28 @@ static void limit_saved(struct group *g, int error)
 static bool id_ready(struct group *g)
 {
     uint64_t next = epoch_open(g)->id + 1;
+    struct checkpoint *c = &g->checkpoint;
     struct journal *j = &g->journal;
 
-    if (next + JOURNAL_EPOCH_STEP / 4 >= j->epoch_limit && !g->checkpoint.limit_busy) {
-        g->checkpoint.limit_busy = true;
+    if (next + JOURNAL_EPOCH_STEP / 4 >= j->epoch_limit && !c->limit_busy &&
+        g->now_ns >= c->limit_retry_ns) {
+        c->limit_busy = true;
         journal_super_save(g, next + JOURNAL_EPOCH_STEP, limit_saved);
     }
     return next < j->epoch_limit;
+}
+
+/* id_ready() is false, and waiting does not help: answers the verb at the head. */
+static bool ids_refused(struct group *g, const char *verb)
+{
+    struct checkpoint *c = &g->checkpoint;
+
+    if (c->limit_busy || !c->limit_error)
+        return false;
+    answer_error(g, c->limit_error, "%s: no epoch id is left, and reserving more in the journal "
+                 "failed: %s; repeat the command once the cause is gone", verb,
+                 strerror(-c->limit_error));
+    return true;
 }
 
 /* ---- Seal ------------------------------------------------------------------------------ */
@@ -124,7 +141,7 @@ static bool seal_verb(struct group *g)
         return true;
     }
     if (!id_ready(g))
-        return false;
+        return ids_refused(g, "seal");
     error = seal(g);
     clock_gettime(CLOCK_MONOTONIC, &now);
     g->stats.seal_ns_last =
@@ -220,7 +237,7 @@ static void wake_waiters(struct group *g)
     while (*at) {
         struct flush_waiter *w = *at;
 
-        if (w->epoch <= g->committed) {
+        if (w->epoch <= g->committed || g->mode != CORE_ACTIVE) {
             *at = w->next;
             w->done(w);
         } else {
@@ -306,8 +323,12 @@ static bool dropped(struct group *g, const char *verb)
 
     if (c->first->started)
         return true;
-    if (c->committing || !id_ready(g))
+    if (c->committing)
         return false;
+    if (!id_ready(g)) {
+        ids_refused(g, verb);
+        return false;
+    }
     if (g->journal.tail_suspect && !c->voiding) {
         c->voiding = true;
         journal_void(g, head_io_over);
@@ -374,6 +395,7 @@ static bool promote_verb(struct group *g)
     if (c->io_error) {
         g->mode = CORE_STANDBY;
         g->generation--;
+        wake_waiters(g); /* of the moment in between */
         answer_error(g, c->io_error, "promote: writing the journal failed: %s; repeat the "
                      "command once the cause is gone", strerror(-c->io_error));
         return true;

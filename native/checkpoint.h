@@ -38,6 +38,8 @@ struct flush_waiter {
 struct checkpoint {
     struct verb *first, *last;
     bool limit_busy;          /* more epoch ids are being reserved */
+    int limit_error;          /* of the last try; 0: it went well */
+    uint64_t limit_retry_ns;  /* after an error: not again before */
     bool committing;          /* a commit was begun, by a verb or by active mode */
     int commit_error;         /* of the last one that ended */
     bool voiding, saving;     /* I/O of the verb at the head */

@@ -51,7 +51,14 @@ static uint64_t earlier(uint64_t a, uint64_t b)
 
 uint64_t group_timer(const struct group *g)
 {
-    return earlier(g->apply.retry_ns, g->mode == CORE_ACTIVE ? g->checkpoint.retry_ns : 0);
+    const struct checkpoint *c = &g->checkpoint;
+    uint64_t commit = g->mode == CORE_ACTIVE ? c->retry_ns : 0;
+
+    /* These two may have passed with nothing left to repeat: no reason to wake again. */
+    if (commit <= g->now_ns)
+        commit = 0;
+    return earlier(g->apply.retry_ns,
+                   earlier(commit, c->limit_retry_ns > g->now_ns ? c->limit_retry_ns : 0));
 }
 
 void group_emit(struct group *g, core_event *event)
