@@ -183,12 +183,15 @@ static int init_threads(struct reactor *r, char *text)
 
 int core_open(const core_config *config, core **out, char *text)
 {
-    core *c = calloc(1, sizeof(*c));
+    core *c = aligned_alloc(_Alignof(core), sizeof(*c)); /* calloc() aligns to 16 only */
     struct reactor *r;
     int error;
 
-    if (!c)
+    if (!c) {
+        snprintf(text, CORE_TEXT_MAX, "no memory to start");
         return -ENOMEM;
+    }
+    memset(c, 0, sizeof(*c));
     r = &c->reactor;
     r->group.event = emit;
     r->group.event_owner = r;

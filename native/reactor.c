@@ -254,8 +254,11 @@ static bool want_kicks(struct reactor *r, bool want)
 {
     bool work = false;
 
-    for (uint32_t i = 0; i < r->running_count; i++)
-        ring_want_kicks(r->running[i], want);
+    /* From the end, as in poll_rings(): a dirty log that falls short breaks the ring, and
+     * none of the others may be passed over, or it would sleep through its kick. */
+    for (uint32_t i = r->running_count; i-- > 0;)
+        if (i < r->running_count)
+            ring_want_kicks(r->running[i], want);
     if (want) {
         __atomic_thread_fence(__ATOMIC_SEQ_CST); /* the wish is out before we look again */
         for (uint32_t i = 0; i < r->running_count; i++)

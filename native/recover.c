@@ -81,7 +81,7 @@ static bool super_valid(const struct journal_super *s)
 {
     return s->magic == JOURNAL_MAGIC && s->version == JOURNAL_VERSION &&
            s->crc == journal_super_crc(s) && s->disks <= JOURNAL_DISKS_MAX &&
-           s->head_lsn % PAGE == 0;
+           s->head_lsn % PAGE == 0 && journal_ring_bytes(s->file_bytes) > 0;
 }
 
 static int read_super(struct recovery *r)
@@ -155,7 +155,8 @@ static bool header_valid(const struct journal *j, const struct record_header *h,
            memcmp(h->group, j->group, sizeof(h->group)) == 0 &&
            h->header_bytes == record_header_bytes(h->segments) &&
            h->record_bytes >= h->header_bytes && h->record_bytes <= j->ring_bytes &&
-           h->record_bytes % PAGE == 0 && h->epoch_first <= h->epoch_last;
+           h->record_bytes % PAGE == 0 && h->segments <= h->record_bytes / PAGE &&
+           h->epoch_first <= h->epoch_last;
 }
 
 /* Reads the whole header at the position; *out is NULL when there is none that counts. */
