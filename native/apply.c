@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "crash.h"
 #include "group.h"
 
 #define BATCH_BYTES (APPLY_BATCH_BLOCKS * BLOCK_BYTES)
@@ -372,6 +373,7 @@ static void sync_images(struct group *g)
     struct apply *a = &g->apply;
 
     a->phase = APPLY_SYNC;
+    crash_point("apply-before-sync");
     for (uint32_t i = 0; i < g->config.disks; i++) {
         if (g->config.disk[i].read_only)
             continue;
@@ -404,6 +406,7 @@ static void head_moved(struct group *g, int error)
         return;
     }
     a->retry_ns = 0;
+    crash_point("apply-before-free");
     g->applied = a->last;
     g->journal.free_lsn = g->journal.head_lsn;
     g->journal.pending_first = (g->journal.pending_first + 1) % CORE_EPOCHS_MAX;
@@ -477,6 +480,7 @@ bool apply_step(struct group *g)
         j->head_lsn = j->pending[j->pending_first].lsn_end;
         j->head_applied = a->last;
         a->phase = APPLY_SUPER;
+        crash_point("apply-before-super");
         journal_super_save(g, 0, head_moved);
         return true;
     case APPLY_SUPER:

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "crash.h"
 #include "group.h"
 
 #define ACTIVE_COMMIT_PERCENT 50u /* arena use at which active mode commits by itself */
@@ -122,7 +123,9 @@ static int seal(struct group *g)
     old->state = CORE_EPOCH_SEALED;
     /* Sized for what the last epoch needed: growing costs the guest time. */
     g->expected_blocks = old->index.used;
+    crash_point("seal-before-store");
     __atomic_store_n(&g->arena.header->open, fresh->id, __ATOMIC_RELEASE);
+    crash_point("seal-after-store");
     g->stats.seals++;
     group_emit(g, &event);
     return 0;
@@ -295,8 +298,11 @@ static int drop(struct group *g)
     if (!fresh)
         return -ENOMEM;
     remember_discard(g, first, open->id);
+    crash_point("discard-before-base");
     __atomic_store_n(&h->base, fresh->id, __ATOMIC_RELEASE);
+    crash_point("discard-before-open");
     __atomic_store_n(&h->open, fresh->id, __ATOMIC_RELEASE);
+    crash_point("discard-before-free");
     c->drop_first = event.first = first;
     c->drop_last = event.last = open->id;
     event.value = g->committed;

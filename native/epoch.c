@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "crash.h"
 #include "group.h"
 
 /* ---- Segments of an epoch ------------------------------------------------------------- */
@@ -144,6 +145,7 @@ static arena_loc end(struct group *g, struct epoch *e, struct frame_header *h, u
     h->mask = mask;
     h->flags = (uint8_t)flags;
     e->stored_bytes += frame_bytes(h->payload_bytes);
+    crash_point("frame-before-tail");
     return arena_frame_end(&g->arena, &e->raw);
 }
 
@@ -224,6 +226,7 @@ static int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t
         g->stats.zero_frames++;
     }
     loc = end(g, e, h, disk, block, 1, carried, 0);
+    crash_point("frame-before-index");
     s = index_find(&e->index, disk, block);
     e->logical_bytes += bytes;
     if (s) {

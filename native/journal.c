@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "checksum.h"
+#include "crash.h"
 #include "group.h"
 
 int journal_init(struct journal *j)
@@ -103,6 +104,7 @@ static void super_written(struct disk_op *op, int64_t result)
         super_finish(g, (int)result);
         return;
     }
+    crash_point("super-before-sync");
     *op = (struct disk_op){.opcode = DISK_SYNC, .file = DISK_JOURNAL, .done = super_synced,
                            .owner = g};
     disk_submit(g->disk, op);
@@ -385,6 +387,7 @@ static bool write_header(struct group *g)
         c->busy + 2 > JOURNAL_WRITES_MAX || c->error)
         return false;
     fill_header(g);
+    crash_point("commit-before-header");
     some = write_piece(g, c->header, j->tail_lsn, bytes);
     if (some < bytes)
         write_piece(g, c->header + some, j->tail_lsn + some, bytes - some);
@@ -397,6 +400,7 @@ static void commit_synced(struct disk_op *op, int64_t result)
     struct group *g = op->owner;
     struct commit *c = &g->journal.commit;
 
+    crash_point("commit-after-sync");
     if (result < 0)
         c->error = (int)result;
     c->phase = COMMIT_FINISHED;
@@ -407,6 +411,7 @@ static void commit_sync(struct group *g)
     struct commit *c = &g->journal.commit;
 
     c->phase = COMMIT_SYNC;
+    crash_point("commit-before-sync");
     c->sync = (struct disk_op){.opcode = DISK_SYNC, .file = DISK_JOURNAL, .done = commit_synced,
                                .owner = g};
     disk_submit(g->disk, &c->sync);
@@ -514,7 +519,9 @@ int journal_commit_end(struct group *g)
     if (j->super_limit < j->epoch_limit)
         j->super_limit = j->epoch_limit;
     g->committed = c->last;
+    crash_point("commit-before-arena");
     __atomic_store_n(&g->arena.header->committed, c->last, __ATOMIC_RELEASE);
+    crash_point("commit-before-answer");
     mark(g, CORE_EPOCH_COMMITTED, true);
     g->stats.commits++;
     g->stats.commit_ns_last = g->now_ns - c->start_ns;

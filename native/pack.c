@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "checksum.h"
+#include "crash.h"
 #include "group.h"
 
 int pack_init(struct group *g)
@@ -79,6 +80,7 @@ static void run(struct job *job, struct worker *w)
         }
     }
     p->out = at;
+    crash_point("pack-before-index");
     clock_gettime(CLOCK_MONOTONIC, &stop);
     p->ns = (uint64_t)(stop.tv_sec - start.tv_sec) * 1000000000u + (uint64_t)stop.tv_nsec -
             (uint64_t)start.tv_nsec;
@@ -121,6 +123,7 @@ static void adopt(struct group *g, struct pack *p, struct epoch *e)
     e->packed = p->out;
     e->stored_bytes += p->bytes_out;
     e->stored_bytes -= arena_tail(&g->arena, p->source);
+    crash_point("pack-before-free");
     arena_segment_free(&g->arena, p->source);
     g->stats.compressed_frames += p->compressed;
     g->stats.incompressible_frames += p->raw;

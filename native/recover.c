@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "checksum.h"
+#include "crash.h"
 #include "group.h"
 
 typedef unsigned long long ull;
@@ -431,6 +432,7 @@ static int save_super(struct recovery *r)
     uint64_t limit = epoch_open(r->g)->id + JOURNAL_EPOCH_STEP;
     int error;
 
+    crash_point("recover-before-super");
     j->super_limit = r->epoch_limit > limit ? r->epoch_limit : limit;
     j->super_seq++;
     journal_super_fill(r->g, j->super);
@@ -527,6 +529,7 @@ int group_open(struct group *g, const core_config *config, struct disk *disk, ch
         again.epoch = g->arena.header->committed;
         checkpoint_submit(g, &again);
     }
+    crash_point("recover-before-arena");
     g->arena.header->committed = r.recommit ? g->arena.header->committed : g->committed;
     __atomic_store_n(&g->arena.header->magic, ARENA_MAGIC, __ATOMIC_RELEASE);
     tell(&r);

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "crash.h"
 #include "reactor.h"
 
 typedef unsigned long long ull;
@@ -293,6 +294,7 @@ void ring_push(struct ring *r, uint16_t head, uint32_t len)
         r->record->last_batch_head = head;
         r->batch[r->batched++] = head;
     }
+    crash_point("push-before-publish");
 }
 
 void ring_publish(struct ring *r)
@@ -302,10 +304,12 @@ void ring_publish(struct ring *r)
     __atomic_store_n(&r->used->idx, r->used_idx, __ATOMIC_RELEASE);
     r->published = r->used_idx;
     log_used(r, 2, 2);
+    crash_point("publish-before-clear");
     if (r->record) {
         /* Killed before this line, the next agent ends the batch by used_idx. */
         for (uint32_t i = 0; i < r->batched; i++)
             r->record->desc[r->batch[i]].inflight = 0;
+        crash_point("clear-before-used");
         __atomic_store_n(&r->record->used_idx, r->used_idx, __ATOMIC_RELEASE);
     }
     r->batched = 0;
@@ -457,6 +461,7 @@ static bool poll_resubmits(struct ring *r)
         if (!run_head(r, r->resubmit[r->resubmit_next]))
             return false;
         r->resubmit_next++;
+        crash_point("resubmit");
     }
     return r->running;
 }
@@ -484,6 +489,7 @@ uint32_t ring_poll(struct ring *r, uint32_t budget)
         uint16_t head = load_once(&r->avail->ring[r->last_avail % r->size]);
 
         record_take(r, head);
+        crash_point("take-before-run");
         if (!run_head(r, head)) {
             if (r->held)
                 record_untake(r, head);

@@ -219,7 +219,8 @@ class DiskSpec:
 
 
 class Daemon:
-    """One epochd. Several disks, or a serial, make it use a configuration file."""
+    """One epochd. Several disks, or a serial, make it use a configuration file. `program`
+    replaces the words of `command()`."""
 
     def __init__(
         self,
@@ -229,8 +230,10 @@ class Daemon:
         arena: str = "16M",
         options: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        program: Sequence[str] | None = None,
     ) -> None:
         self.folder = folder
+        self.program = list(program) if program else command()
         self.specs = [replace(spec) for spec in disks]
         self.arena = arena
         self.options = list(options)
@@ -298,7 +301,7 @@ class Daemon:
         assert self.process is None, "the daemon runs already"
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command(), *self.arguments()],
+                [*self.program, *self.arguments()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

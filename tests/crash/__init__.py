@@ -1,0 +1,1 @@
+"""Death of the agent, many times over: see run, campaign.py and guest.py."""

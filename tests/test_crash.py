@@ -1,0 +1,53 @@
+"""The agent dies by SIGKILL under load, at random and at named points; nothing is lost.
+
+EPOCHD_TEST_KILLS sets how often (default 40); `tests/crash/run` is the long form, and has a
+real guest too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import running
+from crash import build
+from crash.campaign import Campaign
+from crash.points import POINTS
+
+KILLS = int(os.environ.get("EPOCHD_TEST_KILLS", "40"))
+SOURCES = build.ROOT / "native"
+
+
+@pytest.mark.timeout(max(240, KILLS * 4))
+def test_nothing_is_lost_when_the_agent_is_killed(tmp_path: Path) -> None:
+    campaign = Campaign(tmp_path, seed=KILLS, command=build.command())
+    running.append(campaign.daemon)
+    try:
+        figures = campaign.run(KILLS)
+    finally:
+        campaign.close()
+    running.remove(campaign.daemon)
+    print(*figures.lines(), sep="\n")
+    assert figures.kills >= KILLS
+    assert figures.reconnects >= KILLS
+    assert figures.finished_later > 0
+    # Half of the kills go round the points in turn; a few are not reached in their round.
+    assert len(figures.at_points) > min(len(POINTS), KILLS // 2) // 2
+    assert not campaign.daemon.complaints()
+
+
+def test_every_point_is_in_the_core() -> None:
+    text = "".join(path.read_text() for path in SOURCES.glob("*.c"))
+    assert {name for name in POINTS if f'crash_point("{name}")' not in text} == set()
+    assert text.count('crash_point("') == len(POINTS)
+
+
+def test_the_installed_agent_has_no_points(tmp_path: Path) -> None:
+    import epochd._core
+
+    assert epochd._core.__file__ is not None
+    installed = tmp_path / "core.so"
+    shutil.copyfile(epochd._core.__file__, installed)
+    assert b"EPOCHD_CRASH_POINT" not in installed.read_bytes()
