@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -245,36 +246,58 @@ static void *start_reactor(void *arg)
     return error ? NULL : reactor_main(r);
 }
 
-int core_start(core *c, char *text)
+/* Signals are the control thread's: ours start with all but the faults blocked. */
+static void block_signals(sigset_t *before)
 {
-    struct reactor *r = &c->reactor;
-    struct start s = {.reactor = r, .text = text};
+    static const int faults[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGABRT, SIGTRAP};
+    sigset_t all;
+
+    sigfillset(&all);
+    for (size_t i = 0; i < sizeof(faults) / sizeof(faults[0]); i++)
+        sigdelset(&all, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &all, before);
+}
+
+static int start_threads(struct reactor *r, struct start *s)
+{
     int error;
 
     error = memory_handle_sigbus();
     if (!error)
         error = group_start(&r->group, r->wake_fd, false);
     if (error) {
-        snprintf(text, CORE_TEXT_MAX, "cannot start the helper thread: %s", strerror(-error));
+        snprintf(s->text, CORE_TEXT_MAX, "cannot start the helper thread: %s", strerror(-error));
         return error;
     }
-    pthread_mutex_init(&s.lock, NULL);
-    pthread_cond_init(&s.ready, NULL);
-    error = -pthread_create(&r->thread, NULL, start_reactor, &s);
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->ready, NULL);
+    error = -pthread_create(&r->thread, NULL, start_reactor, s);
     if (error) {
-        snprintf(text, CORE_TEXT_MAX, "cannot start the reactor thread: %s", strerror(-error));
+        snprintf(s->text, CORE_TEXT_MAX, "cannot start the reactor thread: %s", strerror(-error));
         return error;
     }
-    pthread_mutex_lock(&s.lock);
-    while (!s.done)
-        pthread_cond_wait(&s.ready, &s.lock);
-    pthread_mutex_unlock(&s.lock);
-    if (s.error) {
+    pthread_mutex_lock(&s->lock);
+    while (!s->done)
+        pthread_cond_wait(&s->ready, &s->lock);
+    pthread_mutex_unlock(&s->lock);
+    if (s->error) {
         pthread_join(r->thread, NULL);
-        return s.error;
+        return s->error;
     }
     r->started = true;
     return 0;
+}
+
+int core_start(core *c, char *text)
+{
+    struct start s = {.reactor = &c->reactor, .text = text};
+    sigset_t before;
+    int error;
+
+    block_signals(&before);
+    error = start_threads(&c->reactor, &s);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error;
 }
 
 int core_arena_idle(core *c)
