@@ -87,15 +87,18 @@ void ring_resolve(struct ring *r)
     r->avail = (void *)memory_at_user(m, r->avail_user, 4 + n * 2 + 2);
     r->used = (void *)memory_at_user(m, r->used_user, 4 + n * sizeof(struct vring_used_elem) + 2);
     /* A region at an odd address or offset can misalign what looks aligned. */
-    if ((uintptr_t)r->desc % 16 || (uintptr_t)r->avail % 2 || (uintptr_t)r->used % 4) {
-        r->desc = NULL;
+    if ((uintptr_t)r->desc % 16 || (uintptr_t)r->avail % 2 || (uintptr_t)r->used % 4)
         ring_break(r, "rings at %#llx, %#llx, %#llx are not aligned to 16, 2 and 4 bytes in "
                    "memory", (ull)r->desc_user, (ull)r->avail_user, (ull)r->used_user);
+    else if (r->desc && r->avail && r->used)
         return;
-    }
-    if (r->kicked && (!r->desc || !r->avail || !r->used))
+    else if (r->kicked)
         ring_break(r, "ring addresses %#llx, %#llx, %#llx are outside of the guest's memory",
                    (ull)r->desc_user, (ull)r->avail_user, (ull)r->used_user);
+    /* All or none: a request in flight that is answered needs both rings. */
+    r->desc = NULL;
+    r->avail = NULL;
+    r->used = NULL;
 }
 
 /* ---- In-flight region ------------------------------------------------------------------- */
