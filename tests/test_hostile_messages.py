@@ -21,6 +21,7 @@ from frontend import (
     PAGE,
     VERSION,
     Channel,
+    DirtyLog,
     Disk,
     FrontEndError,
     HungUp,
@@ -29,6 +30,7 @@ from frontend import (
     Refused,
     RegionSpec,
     Request,
+    highest_page,
 )
 from frontend.wire import (
     CONFIG,
@@ -492,6 +494,25 @@ def test_rings_in_memory_that_is_cut_short(scene: Scene) -> None:
     os.ftruncate(region.fd, 0)
     os.eventfd_write(kick, 1)
     os.close(kick)
+    disk.channel.wait_hang_up()
+
+
+@pytest.mark.parametrize("which", ["log", "in-flight region"])
+def test_a_log_or_region_that_is_cut_short_costs_only_its_front_end(
+    scene: Scene, which: str
+) -> None:
+    disk = scene.hostile()
+    disk.acknowledge()
+    disk.get_inflight(1, 64)
+    disk.set_inflight()
+    disk.share_memory()
+    disk.start_queue(disk.make_queue(0, 64))
+    disk.start_log(DirtyLog(highest_page(disk.memory)))
+    disk.write(0, b"\x37" * 512)
+    assert disk.log is not None
+    assert disk.inflight is not None
+    os.ftruncate(disk.log.fd if which == "log" else disk.inflight.fd, 0)
+    disk.submit(0, 0, room=512)
     disk.channel.wait_hang_up()
 
 
