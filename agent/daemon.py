@@ -7,6 +7,9 @@ how the last run ended.
 Start: images and locks, journal, arena, recovery, reactor, control socket, disk sockets. The
 sockets come last, so whoever can connect is served. Stop: disk sockets, front ends, reactor
 (committed epochs go into the images), control socket. Uncommitted epochs stay in the arena.
+
+While it serves, a socket file that somebody removed is made anew. A service manager
+(Type=notify) hears when the agent serves, what it is at, and when it stops.
 """
 
 import asyncio
@@ -17,7 +20,7 @@ import socket
 import time
 from contextlib import ExitStack
 
-from . import __version__, control, core, qmp, storage, vhost_messages
+from . import __version__, control, core, notify, qmp, storage, vhost_messages
 from .config import Config
 from .errors import EpochdError
 from .listener import Listener, adopt
@@ -31,6 +34,7 @@ Door = Listener | socket.socket
 
 # timeout(1) and shells signal a process and then its group: that is one wish, not two.
 HURRY_SECONDS = 1.0
+LOOK_SECONDS = 1.0  # between two looks at the sockets' files
 
 
 class RuntimeFailure(EpochdError):
@@ -73,18 +77,16 @@ class Daemon:
 
     def _open_doors(self, stack: ExitStack) -> list[Door]:
         """All sockets, control first, then a disk's each; the stack closes them."""
-        doors: list[Door] = [Listener.bind(self._config.control)]
-        stack.callback(doors[0].close)
+        doors: list[Door] = []
+        stack.callback(lambda: [door.close() for door in doors])
+        doors.append(Listener.bind(self._config.control))
         for disk in self._config.disks:
-            door: Door
             if disk.socket is not None:
-                door = Listener.bind(disk.socket)
-            else:
-                assert disk.fd is not None
-                sock, listening = adopt(disk.fd)
-                door = Listener(sock, None) if listening else sock
-            doors.append(door)
-            stack.callback(door.close)
+                doors.append(Listener.bind(disk.socket))
+                continue
+            assert disk.fd is not None
+            sock, listening = adopt(disk.fd)
+            doors.append(Listener(sock, None) if listening else sock)
         return doors
 
     def _start(self, group: storage.Group) -> None:
@@ -116,10 +118,51 @@ class Daemon:
                 "epochd %s serves group %s (%s): %d disk(s), control socket %s",
                 __version__, self._config.name, group.id, len(self._ports), self._config.control,
             )
-            await self._stop_asked.wait()
+            notify.tell("READY=1", f"STATUS={self._state(group)}")
+            while not await self._stop_is_asked():
+                await self._look_after(doors)
+                notify.tell(f"STATUS={self._state(group)}")
+            notify.tell("STOPPING=1", f"STATUS=stopping ({self._reason})")
             await self._stop(group)
         finally:
             await self._server.close()
+
+    async def _stop_is_asked(self) -> bool:
+        """Wait for it, but not for longer than until the next look around."""
+        try:
+            await asyncio.wait_for(self._stop_asked.wait(), LOOK_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _look_after(self, doors: list[Door]) -> None:
+        """Make socket files anew that were removed; whoever is connected notices nothing."""
+        for number, door in enumerate(doors):
+            if not isinstance(door, Listener) or not door.vanished():
+                continue
+            assert door.path is not None
+            assert self._server is not None
+            try:
+                fresh = Listener.bind(door.path)
+            except EpochdError as error:
+                log.debug("%s", error)  # its folder is gone too; perhaps it comes back
+                continue
+            log.warning("socket %s: its file was removed; it is there again", door.path)
+            doors[number] = fresh
+            if number == 0:
+                await self._server.listen(fresh)
+            else:
+                await self._ports[number - 1].listen_anew(fresh)
+            door.close()
+
+    def _state(self, group: storage.Group) -> str:
+        """One line for the service manager."""
+        if not notify.wanted():
+            return ""
+        status = group.core.status()
+        text = (f"{status.clients} of {len(self._ports)} disks attached, epoch {status.open} open, "
+                f"{status.committed} committed, arena {status.pressure} % full")
+        return f"{text}; {status.error}" if status.error else text
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()

@@ -126,6 +126,14 @@ class ArenaTooLarge(EpochdError):
     exit_code = EXIT_STATE
 
 
+class ArenaOrphaned(EpochdError):
+    """arena /dev/shm{} goes with these images and with the journal {}, which is gone or is not
+    the one that is used now; epochs in the arena may be missing in the images: give that
+    journal back, or remove /dev/shm{} to give them up"""
+
+    exit_code = EXIT_STATE
+
+
 class RecoveryError(EpochdError):
     """group {}: {}"""
 

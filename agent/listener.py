@@ -83,6 +83,10 @@ class Listener:
             return None
         return status.st_dev, status.st_ino
 
+    def vanished(self) -> bool:
+        """True when our socket's file is gone and nothing is in its place."""
+        return self.path is not None and self._file is not None and self._identify() is None
+
     def close(self) -> None:
         """Stop listening; remove our socket file, not one that replaced it."""
         if self.path is not None and self._file is not None and self._identify() == self._file:

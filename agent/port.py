@@ -37,6 +37,13 @@ class Port:
         self._listener = listener
         self._accepting = asyncio.create_task(self._accept())
 
+    async def listen_anew(self, listener: Listener) -> None:
+        """Go over to another listener; the present front end stays."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait({self._accepting})
+        self.listen(listener)
+
     def connect(self, sock: socket.socket) -> None:
         """Serve the one front end behind a connected socket."""
         self._serve(sock)

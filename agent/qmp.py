@@ -305,7 +305,9 @@ class Server:
         self._server: asyncio.Server | None = None
 
     async def listen(self, listener: Listener) -> None:
-        """Accept clients on `listener` until close()."""
+        """Accept clients on `listener` until close(), and on no earlier one any more."""
+        if self._server is not None:
+            self._server.close()
         self._listener = listener
         loop = asyncio.get_running_loop()
         # asyncio closes the socket it is given, so it gets its own.

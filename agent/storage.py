@@ -5,11 +5,17 @@ lock, arena, recovery by the core) and on any failure lets go of everything it t
 the step (errors.py). Group owns all of it until close(). The arena's shared memory stays
 when the agent goes, cleanly or not, unless release_arena() finds that it holds nothing.
 
+Beside the arena lies a note of the images and the journal that it goes with. While it is
+there no other group may take one of these images: without the journal and the arena they
+may be in the middle of being brought up to date.
+
 The arena is allocated in full before use: a page that shared memory could not provide later
 would kill the process with SIGBUS in the middle of a write.
 """
 
+import contextlib
 import errno
+import json
 import logging
 import os
 import stat
@@ -24,6 +30,7 @@ from . import core, locks
 from .config import Config
 from .errors import (
     ArenaError,
+    ArenaOrphaned,
     ArenaTooLarge,
     JournalError,
     JournalInUse,
@@ -36,6 +43,7 @@ log = logging.getLogger("epochd.storage")
 
 SHM_DIR = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+NOTE_SUFFIX = ".group"
 WORKERS_MAX = 4
 
 
@@ -63,7 +71,60 @@ class Arena:
         """Close it after a failed start; one that we just created goes away again."""
         os.close(self.fd)
         if self.created:
-            posix_ipc.unlink_shared_memory(self.name)
+            self.unlink()
+
+    def unlink(self) -> None:
+        """Remove it and its note."""
+        _note_path(self.name).unlink(missing_ok=True)
+        posix_ipc.unlink_shared_memory(self.name)
+
+
+def _note_path(name: str) -> Path:
+    return SHM_DIR / f"{name[1:]}{NOTE_SUFFIX}"
+
+
+def _image_ids(images: list[Image]) -> list[list[int]]:
+    """What names an image whatever its path: device, inode, whether it is a block device.
+
+    Only of those that are written to: any number of groups may read one.
+    """
+    return [[image.device, image.identity, int(image.block_device)]
+            for image in images if not image.config.read_only]
+
+
+def _write_note(arena: Arena, journal: Path, images: list[Image]) -> None:
+    """Note what the arena goes with; see the module."""
+    note = {"journal": str(journal.absolute()), "images": _image_ids(images)}
+    path = _note_path(arena.name)
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        fresh.unlink(missing_ok=True)
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            json.dump(note, file)
+        fresh.rename(path)
+    except OSError as error:
+        raise ArenaError(arena.name, f"its note cannot be written: {error.strerror}") from None
+
+
+def refuse_orphans(images: list[Image], group: bytes | None) -> None:
+    """ArenaOrphaned when the arena of another group goes with one of these images.
+
+    `group`: ours, None when the journal is new. Notes without an arena are removed.
+    """
+    own = _arena_name(group) if group else ""
+    wanted = _image_ids(images)
+    for path in SHM_DIR.glob(f"epochd-*{NOTE_SUFFIX}"):
+        name = f"/{path.name.removesuffix(NOTE_SUFFIX)}"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if name == own or path.stat().st_uid != os.geteuid():
+                continue
+            if not (SHM_DIR / name[1:]).exists():
+                path.unlink()
+                continue
+            note = json.loads(path.read_text(encoding="utf-8"))
+            if any(image in wanted for image in note["images"]):
+                raise ArenaOrphaned(name, note["journal"], name)
 
 
 def _open_journal_file(path: Path, create: bool) -> tuple[int, bool]:
@@ -160,12 +221,16 @@ def _open_shared_memory(name: str) -> tuple[int, int]:
     return memory.fd, status.st_size
 
 
+def _arena_name(group: bytes) -> str:
+    return f"/epochd-{group.hex()[:16]}"
+
+
 def open_arena(group: bytes, size_bytes: int) -> Arena:
     """Reattach the arena of `group` (16 bytes) or create it; allocate it in full.
 
     An arena that exists keeps its size: it may hold epochs. ArenaError, ArenaTooLarge.
     """
-    name = f"/epochd-{group.hex()[:16]}"
+    name = _arena_name(group)
     fd, existing = _open_shared_memory(name)
     if existing not in (0, size_bytes):
         log.warning(
@@ -201,7 +266,7 @@ class Group:
         """After a clean stop: unlink the arena if it holds nothing; True when unlinked."""
         if not self.core.arena_idle():
             return False
-        posix_ipc.unlink_shared_memory(self.arena.name)
+        self.arena.unlink()
         return True
 
     def abandon(self) -> None:
@@ -209,7 +274,7 @@ class Group:
         start created goes away again."""
         self.close()
         if self.arena.created:
-            posix_ipc.unlink_shared_memory(self.arena.name)
+            self.arena.unlink()
 
     def close(self) -> None:
         """Close the core first, then what it worked on."""
@@ -247,10 +312,11 @@ def _journal_bytes(config: Config) -> int:
     return config.journal_bytes
 
 
-def _identify(journal: Journal, setup: core.GroupSetup) -> bytes:
+def _identify(journal: Journal, setup: core.GroupSetup, images: list[Image]) -> bytes:
     """Return the group's identity; a new journal is formatted with a fresh one."""
     try:
         info = core.journal_inspect(journal.fd)
+        refuse_orphans(images, info.group if info.formatted else None)
         if info.formatted:
             return info.group
         group = uuid.uuid4().bytes
@@ -267,6 +333,7 @@ def open_group(config: Config, on_event: Callable[[core.Event], None]) -> Group:
     try:
         wanted = _journal_bytes(config)
         if not config.journal_path.exists():
+            refuse_orphans(images, None)
             check_arena_room(config.arena_bytes)  # else a huge journal would come first
         journal = open_journal(config.journal_path, wanted)
         try:
@@ -274,14 +341,18 @@ def open_group(config: Config, on_event: Callable[[core.Event], None]) -> Group:
                 log.warning("journal %s: keeps its size of %d bytes instead of %d",
                             journal.path, journal.size_bytes, wanted)
             setup = _setup(config, images, journal)
-            group = _identify(journal, setup)
+            group = _identify(journal, setup, images)
             arena = open_arena(group, config.arena_bytes)
             try:
                 setup = replace(setup, arena_fd=arena.fd, arena_bytes=arena.size_bytes)
+                _write_note(arena, config.journal_path, images)
                 opened = core.Core(setup, on_event)
             except core.CoreError as error:
                 arena.abandon()
                 raise RecoveryError(config.name, error) from None
+            except ArenaError:
+                arena.abandon()
+                raise
             return Group(images, journal, arena, group, opened)
         except BaseException:
             os.close(journal.fd)

@@ -2,8 +2,10 @@
 #include "journal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "checksum.h"
 #include "crash.h"
@@ -395,11 +397,71 @@ static bool write_header(struct group *g)
     return true;
 }
 
+/* ---- The file under us ----------------------------------------------------------------- */
+
+/* -ENOENT: it was removed; -ENODATA: it was cut. What is written then is found by no start,
+ * so it is no commit. A simulated journal has no file. */
+static int file_lost(const struct group *g)
+{
+    struct stat st;
+
+    if (fstat(g->config.journal_fd, &st) || !S_ISREG(st.st_mode))
+        return 0;
+    if (st.st_nlink == 0)
+        return -ENOENT;
+    return (uint64_t)st.st_size < g->journal.file_bytes ? -ENODATA : 0;
+}
+
+static void mended(struct group *g, int error)
+{
+    g->journal.mending--;
+    if (error && !g->journal.commit.error)
+        g->journal.commit.error = error;
+}
+
+/* A file that was cut has lost superblocks and records. Once apply has brought the arena's
+ * copy of those into the images, an empty ring and both superblocks are all it needs. */
+static int mend(struct group *g)
+{
+    struct journal *j = &g->journal;
+    int error = -posix_fallocate(g->config.journal_fd, 0, (off_t)j->file_bytes);
+
+    group_io_error(g, CORE_NO_DISK, error ? error : -ENODATA,
+                   error ? "the journal's file was cut, allocating it anew"
+                         : "the journal's file was cut and is allocated anew");
+    for (uint32_t slot = 0; slot < JOURNAL_SUPER_SLOTS && !error; slot++) {
+        j->mending++;
+        journal_super_save(g, 0, mended);
+    }
+    return error;
+}
+
+/* True: the commit may write. False: it waits, or has failed. */
+static bool file_ready(struct group *g)
+{
+    struct journal *j = &g->journal;
+    int error = file_lost(g);
+
+    if (j->mending > 0)
+        return false;
+    if (error == -ENODATA && j->pending_count > 0)
+        return false;
+    if (error == -ENODATA)
+        error = mend(g);
+    if (error)
+        j->commit.error = error;
+    if (j->commit.error)
+        j->commit.phase = COMMIT_FINISHED;
+    return j->mending == 0 && !j->commit.error;
+}
+
 static void commit_synced(struct disk_op *op, int64_t result)
 {
     struct group *g = op->owner;
     struct commit *c = &g->journal.commit;
 
+    if (result >= 0)
+        result = file_lost(g);
     crash_point("commit-after-sync");
     if (result < 0)
         c->error = (int)result;
@@ -478,6 +540,8 @@ bool journal_step(struct group *g)
         if (c->record_bytes > j->ring_bytes - journal_used(j) ||
             j->pending_count == CORE_EPOCHS_MAX)
             return false;
+        if (!file_ready(g))
+            return c->phase == COMMIT_FINISHED;
         c->phase = COMMIT_WRITE;
         return true;
     case COMMIT_WRITE:

@@ -93,6 +93,7 @@ struct journal {
     struct journal_pending pending[CORE_EPOCHS_MAX];
     uint32_t pending_first, pending_count;
     bool tail_suspect;             /* a failed commit may have left a whole record */
+    uint32_t mending;              /* superblocks of a cut file that are being written */
     struct commit commit;
     struct journal_super *super;   /* the page being written */
     uint64_t super_version, super_writing;

@@ -14,7 +14,7 @@ POINTS: dict[str, int] = {
     "push-before-publish": 200,
     "publish-before-clear": 60,
     "clear-before-used": 60,
-    "resubmit": 3,
+    "resubmit": 1,
     # Verbs.
     "seal-before-store": 2,
     "seal-after-store": 2,
