@@ -165,15 +165,28 @@ static void arm(struct disk_uring *u, uint32_t tag)
     sqe->user_data = (uint64_t)tag << 1 | WATCH_BIT;
 }
 
+/* Never waits: a front end shares the descriptor's flags, so O_NONBLOCK is not enough. */
+static void take_count(int fd)
+{
+    uint64_t count;
+    struct iovec v = {.iov_base = &count, .iov_len = sizeof(count)};
+    ssize_t n;
+
+    do {
+        n = preadv2(fd, &v, 1, -1, RWF_NOWAIT);
+    } while (n < 0 && errno == EINTR);
+    while (n < 0 && errno == EOPNOTSUPP && /* before Linux 5.8, or no eventfd */
+           read(fd, &count, sizeof(count)) < 0 && errno == EINTR)
+        errno = EOPNOTSUPP;
+}
+
 static void woken(struct disk_uring *u, const struct io_uring_cqe *cqe)
 {
     uint32_t tag = (uint32_t)(cqe->user_data >> 1);
-    uint64_t count;
 
     if (u->watch_fd[tag] < 0 || cqe->res <= 0)
         return; /* the end of a watch that was removed */
-    while (read(u->watch_fd[tag], &count, sizeof(count)) < 0 && errno == EINTR)
-        ;
+    take_count(u->watch_fd[tag]);
     if (!(cqe->flags & IORING_CQE_F_MORE))
         arm(u, tag);
 }

@@ -290,6 +290,27 @@ static void an_unwatched_descriptor_wakes_nobody(void **state)
     close(fd);
 }
 
+/* A front end shares the descriptor and its flags: it may read the count away and make reads
+ * block. The test's time limit tells if one does. */
+static void a_count_that_is_gone_is_not_waited_for(void **state)
+{
+    struct scene *s = *state;
+    int fd = kick_fd();
+    uint64_t count;
+
+    disk_uring_watch(s->uring, fd, 3);
+    for (uint32_t turn = 0; turn < 100; turn++) {
+        kick(fd);
+        disk_uring_sleep(s->uring, 0);
+        assert_int_equal(fcntl(fd, F_SETFL, 0), 0);
+        assert_int_equal(read(fd, &count, sizeof(count)), sizeof(count));
+        disk_reap(s->disk, false);
+        assert_int_equal(fcntl(fd, F_SETFL, O_NONBLOCK), 0);
+    }
+    disk_uring_unwatch(s->uring, 3);
+    close(fd);
+}
+
 /* A ring stopped and started again with another kick descriptor, at once, many times. */
 static void a_tag_can_be_watched_anew(void **state)
 {
@@ -326,6 +347,7 @@ int main(void)
         CASE(what_is_in_flight_can_be_discarded),
         CASE(a_kick_ends_the_sleep),
         CASE(an_unwatched_descriptor_wakes_nobody),
+        CASE(a_count_that_is_gone_is_not_waited_for),
         CASE(a_tag_can_be_watched_anew),
     };
 
