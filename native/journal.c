@@ -407,9 +407,16 @@ static int file_lost(const struct group *g)
 
     if (fstat(g->config.journal_fd, &st) || !S_ISREG(st.st_mode))
         return 0;
-    if (st.st_nlink == 0)
+    if (st.st_nlink == 0 && g->journal.has_name)
         return -ENOENT;
     return (uint64_t)st.st_size < g->journal.file_bytes ? -ENODATA : 0;
+}
+
+void journal_file_known(struct group *g)
+{
+    struct stat st;
+
+    g->journal.has_name = fstat(g->config.journal_fd, &st) == 0 && st.st_nlink > 0;
 }
 
 static void mended(struct group *g, int error)

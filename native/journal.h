@@ -93,6 +93,7 @@ struct journal {
     struct journal_pending pending[CORE_EPOCHS_MAX];
     uint32_t pending_first, pending_count;
     bool tail_suspect;             /* a failed commit may have left a whole record */
+    bool has_name;                 /* the file can be found by a name, or could at the start */
     uint32_t mending;              /* superblocks of a cut file that are being written */
     struct commit commit;
     struct journal_super *super;   /* the page being written */
@@ -112,6 +113,8 @@ struct journal {
 
 int journal_init(struct journal *j);
 void journal_free(struct journal *j);
+/* To be called at the start: a file that loses its name later is no journal any more. */
+void journal_file_known(struct group *g);
 
 /* Byte in the file where the position lies. */
 static inline uint64_t journal_offset(const struct journal *j, uint64_t lsn)

@@ -451,6 +451,7 @@ static int recover(struct recovery *r)
     struct group *g = r->g;
     int error;
 
+    journal_file_known(g);
     error = read_super(r);
     if (!error)
         error = check_disks(r);
