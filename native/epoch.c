@@ -416,6 +416,15 @@ static int by_seq(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
+/* Is all of the frame on a disk of the group? Applied, it would go beyond the image. */
+static bool on_disk(const struct group *g, const struct frame_header *h)
+{
+    uint64_t end = (h->block + h->blocks - 1) * BLOCK_SECTORS + 32 -
+                   (uint32_t)__builtin_clz(h->mask);
+
+    return h->disk < g->config.disks && end * SECTOR_BYTES <= g->config.disk[h->disk].size_bytes;
+}
+
 static int collect(struct group *g, const struct segment_list *l, struct seen **seen,
                    uint64_t *count, uint64_t *max)
 {
@@ -424,6 +433,8 @@ static int collect(struct group *g, const struct segment_list *l, struct seen **
         struct frame_header *h;
 
         while ((h = arena_frame_next(&g->arena, segment, tail, &offset))) {
+            if (!on_disk(g, h))
+                return -EILSEQ;
             if (*count == *max) {
                 uint64_t more = *max ? *max * 2 : 4096;
                 struct seen *grown = realloc(*seen, more * sizeof(**seen));
