@@ -408,7 +408,9 @@ static uint8_t read_or_write(struct blk *b, struct ring *r, uint16_t head, const
     uint64_t header = sizeof(struct virtio_blk_outhdr);
     uint64_t bytes = type == VIRTIO_BLK_T_IN ? c->in_bytes - 1 : c->out_bytes - header;
 
-    if (bytes % SECTOR_BYTES || !in_range(b, sector, bytes / SECTOR_BYTES))
+    /* Many descriptors may name one page: a disk's size is no bound for a request's work. */
+    if (bytes % SECTOR_BYTES || !in_range(b, sector, bytes / SECTOR_BYTES) ||
+        bytes > CORE_REQUEST_BYTES_MAX)
         return VIRTIO_BLK_S_IOERR;
     if (type == VIRTIO_BLK_T_IN) {
         uint8_t status = do_read(b, r, head, c, sector, bytes);

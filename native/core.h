@@ -29,6 +29,7 @@
 #define CORE_REGIONS_MAX 256    /* guest memory regions a front end */
 #define CORE_EPOCHS_MAX 1024    /* epochs alive at once: open + sealed + committed */
 #define CORE_SEG_MAX 126        /* data segments a request: virtio_blk_config.seg_max */
+#define CORE_REQUEST_BYTES_MAX 67108864 /* data of a read or write; writes: half the arena too */
 #define CORE_DISCARD_SECTORS_MAX 4194304 /* sectors a DISCARD or WRITE_ZEROES: 2 GiB */
 #define CORE_ARENA_BYTES_MIN 8388608
 #define CORE_TEXT_MAX 256

@@ -184,8 +184,9 @@ static void woken(struct disk_uring *u, const struct io_uring_cqe *cqe)
 {
     uint32_t tag = (uint32_t)(cqe->user_data >> 1);
 
-    if (u->watch_fd[tag] < 0 || cqe->res <= 0)
-        return; /* the end of a watch that was removed */
+    /* The end of a watch that was removed, or a descriptor that cannot be polled. */
+    if (u->watch_fd[tag] < 0 || (cqe->res <= 0 && cqe->res != -ENOMEM))
+        return;
     take_count(u->watch_fd[tag]);
     if (!(cqe->flags & IORING_CQE_F_MORE))
         arm(u, tag);
