@@ -22,8 +22,8 @@ def start(share: int = 0, size: int = 0x85, hidden: int = 0, features: int = FEA
     return struct.pack("<BBBIB", share, size, hidden, features, 0)
 
 
-def desc(index: int, region: int, offset: int, length: int, flags: int, following: int = 0) -> bytes:
-    return struct.pack("<BHBHHBBH", 0, index, region, offset, length, 0, flags, following)
+def desc(index: int, region: int, offset: int, length: int, flags: int, then: int = 0) -> bytes:
+    return struct.pack("<BHBHHBBH", 0, index, region, offset, length, 0, flags, then)
 
 
 def header(offset: int, kind: int, sector: int, region: int = 1) -> bytes:
@@ -44,7 +44,8 @@ def request(kind: int, sector: int, length: int, head: int = 0, region: int = 0)
     at = 64 * head
     if length:
         chain = desc(head, 1, at, 16, NEXT, head + 1)
-        chain += desc(head + 1, region, 0x4000 if region == 0 else 256, length, data | NEXT, head + 2)
+        place = 0x4000 if region == 0 else 256
+        chain += desc(head + 1, region, place, length, data | NEXT, head + 2)
     else:
         chain = desc(head, 1, at, 16, NEXT, head + 2)
     chain += desc(head + 2, 1, at + 32, 1, WRITE)
