@@ -6,8 +6,8 @@ outside, memory that shrinks, descriptors of odd kinds, hang-ups at any byte. `c
 bytes, nesting, numbers, partial frames, verbs with wrong arguments, clients that do not read.
 
 After each round a front end of disk 1 that was there all the time reads back what it wrote,
-and a control client is answered; every few rounds an honest front end uses disk 0. At the end
-the daemon has no more descriptors than at the start and stops when asked. A sanitizer's
+and a control client is answered; the daemon has no more descriptors than before; every few
+rounds an honest front end uses disk 0. At the end the daemon stops when asked. A sanitizer's
 report, a traceback or a death is a finding, and ends the run; the daemon's log is kept.
 
 A run is repeated by its seed, which each finding names with the round.
@@ -414,8 +414,9 @@ class Scene:
         self.daemon.start()
         self.peaceful = Disk(self.daemon.socket(1)).start(1, 16)
         self._count = 0
-        self.unharmed(honest=True)
+        self.daemon.control.status()
         self._descriptors = self.descriptors()
+        self.unharmed(honest=True)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.daemon.pid}/fd"))
@@ -424,12 +425,13 @@ class Scene:
         """Disk 1, control and, if asked for, disk 0 work; nothing was reported."""
         self._count += 1
         data = struct.pack("<I", self._count) * 128
+        until("the daemon's descriptors to be closed",
+              lambda: self.descriptors() <= self._descriptors)
+        self.daemon.control.checkpoint()  # comes behind every verb that is under way still
         self.peaceful.write(self._count % 1000, data)
         if self.peaceful.read(self._count % 1000, 1) != data:
             raise Finding("disk 1 reads other bytes than were written")
         self.daemon.control.status()
-        if self._count % 16 == 0:
-            self.daemon.control.checkpoint()
         if honest:
             with Disk(self.daemon.socket(0)) as disk:
                 disk.start(1, 16)
@@ -440,9 +442,7 @@ class Scene:
             raise Finding(complaints[0])
 
     def end(self) -> None:
-        """All is given back, and the daemon stops."""
-        until("the daemon's descriptors to be closed",
-              lambda: self.descriptors() <= self._descriptors)
+        """The daemon stops when it is asked to."""
         self.peaceful.close()
         self.daemon.stop("quit")
         if complaints := self.daemon.complaints():
