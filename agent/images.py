@@ -33,7 +33,9 @@ BLKROGET = 0x125E
 
 _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000
+_STATX_BTIME = 0x800
 _STATX_BYTES = 256
+_BTIME_OFFSET = 0x50  # seconds s64, then nanoseconds u32
 _DIO_ALIGN_OFFSET = 152  # stx_dio_mem_align, then stx_dio_offset_align, both u32
 
 
@@ -69,6 +71,22 @@ class Image:
     def close(self) -> None:
         """Close the descriptor and with it drop the lock."""
         os.close(self.fd)
+
+
+def birth_ns(fd: int) -> int:
+    """When the inode behind `fd` came to be, in ns; 0 where the file system does not tell.
+
+    With the inode's number it names a file for good: the number alone is used again.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    if libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer) != 0:
+        return 0
+    (mask,) = struct.unpack_from("=I", buffer, 0)
+    if not mask & _STATX_BTIME:
+        return 0
+    seconds, nanoseconds = struct.unpack_from("=qI", buffer, _BTIME_OFFSET)
+    return int(seconds) * 10**9 + int(nanoseconds)
 
 
 def dio_alignment(fd: int) -> tuple[int, int] | None:

@@ -37,7 +37,7 @@ from .errors import (
     JournalSpaceError,
     RecoveryError,
 )
-from .images import Image, close_images, open_images
+from .images import Image, birth_ns, close_images, open_images
 
 log = logging.getLogger("epochd.storage")
 
@@ -84,12 +84,14 @@ def _note_path(name: str) -> Path:
 
 
 def _image_ids(images: list[Image]) -> list[list[int]]:
-    """What names an image whatever its path: device, inode, whether it is a block device.
-
-    Only of those that are written to: any number of groups may read one.
+    """What names an image whatever its path: device, inode and its birth, whether it is a
+    block device. Only of those that are written to: any number of groups may read one.
     """
-    return [[image.device, image.identity, int(image.block_device)]
-            for image in images if not image.config.read_only]
+    return [
+        [image.device, image.identity, 0 if image.block_device else birth_ns(image.fd),
+         int(image.block_device)]
+        for image in images if not image.config.read_only
+    ]
 
 
 def _write_note(arena: Arena, journal: Path, images: list[Image]) -> None:

@@ -146,7 +146,7 @@ def test_an_ordinary_user_can_run_it(as_nobody: StartDaemon, attach: Attach) -> 
     status = Path(f"/proc/{daemon.pid}/status").read_text()
     assert f"Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
     assert "CapEff:\t0000000000000000" in status
-    assert "locked memory" in daemon.log()  # what it would like to have
+    until("the log to say what it would like", lambda: "locked memory" in daemon.log())
     files = [daemon.control_path, daemon.socket(), *daemon.folder.glob("*journal")]
     for path in [*files, *daemon.shm]:
         assert path.stat().st_uid == NOBODY
