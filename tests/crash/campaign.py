@@ -350,6 +350,7 @@ class Campaign:
     # ---- load ----------------------------------------------------------------------------
 
     def _step(self) -> None:
+        self._alive()
         self._reap()
         often = 4.0 if self.point and self.point.startswith(VERB_POINTS) else 1.0
         dice = self.random.random() / often
@@ -437,6 +438,8 @@ class Campaign:
         for disk in self.disks:
             for queue in range(QUEUES):
                 disk.reap(queue)
+                # A head that is used again at once would hide a second answer.
+                self.random.shuffle(disk.queues[queue].free)
         left = []
         for entry in self.pending:
             if entry.request.done:
