@@ -7,6 +7,7 @@
 
 #include "crash.h"
 #include "group.h"
+#include "mutant.h"
 
 #define BATCH_BYTES (APPLY_BATCH_BLOCKS * BLOCK_BYTES)
 
@@ -79,7 +80,7 @@ static bool zero_step(struct group *g)
     const struct index_range *r;
     uint64_t bytes;
 
-    if (a->busy)
+    if (a->busy && !mutant(MUTANT_ZEROES_UNORDERED))
         return false;
     if (a->range == a->epoch->index.ranges || a->error) {
         a->phase = APPLY_SORT;
@@ -353,6 +354,14 @@ static void begin_epoch(struct apply *a, struct epoch *e)
 
 static struct epoch *next_epoch(const struct group *g, uint64_t after, uint64_t last)
 {
+    if (mutant(MUTANT_APPLY_BACKWARDS)) {
+        struct epoch *e = NULL;
+
+        for (uint32_t i = 0; i < g->epochs; i++)
+            if (g->epoch[i]->id <= last && (after == g->applied || g->epoch[i]->id < after))
+                e = g->epoch[i];
+        return e;
+    }
     for (uint32_t i = 0; i < g->epochs; i++)
         if (g->epoch[i]->id > after && g->epoch[i]->id <= last)
             return g->epoch[i];
@@ -364,7 +373,7 @@ static void sync_done(struct disk_op *op, int64_t result)
     struct apply *a = op->owner;
 
     a->busy--;
-    if (result < 0)
+    if (result < 0 && !mutant(MUTANT_IGNORE_IMAGE_ERROR))
         fail(a, op->file - DISK_IMAGE(0), (int)result);
 }
 
@@ -375,7 +384,7 @@ static void sync_images(struct group *g)
     a->phase = APPLY_SYNC;
     crash_point("apply-before-sync");
     for (uint32_t i = 0; i < g->config.disks; i++) {
-        if (g->config.disk[i].read_only)
+        if (g->config.disk[i].read_only || mutant(MUTANT_NO_IMAGE_SYNC))
             continue;
         a->sync[i] = (struct disk_op){.opcode = DISK_SYNC, .file = DISK_IMAGE(i),
                                       .done = sync_done, .owner = a};
@@ -421,6 +430,13 @@ static void head_moved(struct group *g, int error)
     group_pressure(g, false);
 }
 
+/* For the mutant below. */
+static inline void ignore(struct group *g, int error)
+{
+    (void)g;
+    (void)error;
+}
+
 static bool begin_record(struct group *g)
 {
     struct apply *a = &g->apply;
@@ -431,6 +447,11 @@ static bool begin_record(struct group *g)
     a->retry_ns = 0;
     a->start_ns = g->now_ns;
     a->last = j->pending[j->pending_first].epoch_last;
+    if (mutant(MUTANT_HEAD_BEFORE_APPLY)) {
+        g->journal.head_lsn = j->pending[j->pending_first].lsn_end;
+        g->journal.head_applied = a->last;
+        journal_super_save(g, 0, ignore);
+    }
     begin_epoch(a, next_epoch(g, g->applied, a->last));
     check(a->epoch);
     return true;
@@ -480,6 +501,8 @@ bool apply_step(struct group *g)
         j->head_lsn = j->pending[j->pending_first].lsn_end;
         j->head_applied = a->last;
         a->phase = APPLY_SUPER;
+        if (mutant(MUTANT_REUSE_BEFORE_HEAD))
+            j->free_lsn = j->head_lsn;
         crash_point("apply-before-super");
         journal_super_save(g, 0, head_moved);
         return true;

@@ -23,7 +23,9 @@
 struct group;
 struct epoch;
 
+#ifndef APPLY_BATCH_BLOCKS        /* the simulator has smaller ones, see tests/sim */
 #define APPLY_BATCH_BLOCKS 256u   /* blocks of one staging buffer: writes up to 1 MiB */
+#endif
 #define APPLY_BATCHES 4u          /* in flight */
 #define APPLY_ZERO_BYTES (1ull << 30) /* of one fallocate */
 #define APPLY_WRITES_MAX (APPLY_BATCH_BLOCKS * 4) /* a block has at most 4 runs of sectors */

@@ -9,6 +9,7 @@
 
 #include "crash.h"
 #include "group.h"
+#include "mutant.h"
 
 #define ACTIVE_COMMIT_PERCENT 50u /* arena use at which active mode commits by itself */
 
@@ -77,7 +78,7 @@ static bool id_ready(struct group *g)
         c->limit_busy = true;
         journal_super_save(g, next + JOURNAL_EPOCH_STEP, limit_saved);
     }
-    return next < j->epoch_limit;
+    return next < j->epoch_limit || mutant(MUTANT_ID_BEFORE_LIMIT);
 }
 
 /* id_ready() is false, and waiting does not help: answers the verb at the head. */
@@ -335,7 +336,7 @@ static bool dropped(struct group *g, const char *verb)
         ids_refused(g, verb);
         return false;
     }
-    if (g->journal.tail_suspect && !c->voiding) {
+    if (g->journal.tail_suspect && !c->voiding && !mutant(MUTANT_NO_VOID_ON_DISCARD)) {
         c->voiding = true;
         journal_void(g, head_io_over);
         return false;

@@ -7,6 +7,7 @@
 
 #include "crash.h"
 #include "group.h"
+#include "mutant.h"
 
 /* ---- Segments of an epoch ------------------------------------------------------------- */
 
@@ -474,7 +475,7 @@ int epoch_reindex(struct group *g, struct epoch *e)
         error = collect(g, &e->kept_list, &seen, &count, &max);
     if (!error && count > 0) {
         qsort(seen, count, sizeof(*seen), by_seq);
-        if (seen[count - 1].seq >= g->seq)
+        if (seen[count - 1].seq >= g->seq && !mutant(MUTANT_FORGET_SEQ))
             g->seq = seen[count - 1].seq + 1;
         error = index_reserve(&e->index, count);
     }

@@ -46,7 +46,9 @@ struct epoch {
 };
 
 /* A run of at most this many zero blocks gets a slot a block; a longer one is a range. */
+#ifndef ZERO_SLOTS_MAX /* the simulator has fewer, see tests/sim */
 #define ZERO_SLOTS_MAX 64u
+#endif
 
 void segment_list_init(struct segment_list *l);
 void segment_list_append(struct arena *a, struct segment_list *l, uint32_t segment);

@@ -60,8 +60,10 @@ static inline uint32_t frame_bytes(uint32_t payload_bytes)
 
 #define ARENA_MAGIC 0x414e455241435045ull /* "EPCARENA" */
 #define ARENA_VERSION 1u
+#ifndef SEGMENT_BYTES               /* the simulator has smaller ones, see tests/sim */
 #define SEGMENT_BYTES 262144u      /* one journal write; small, so that a small epoch that
                                       takes a whole segment wastes little */
+#endif
 
 #define ARENA_DISCARDED_MAX 128u
 
@@ -111,7 +113,8 @@ _Static_assert(sizeof(struct segment_desc) == 16, "the table is an array");
 #define RECORD_MAGIC 0x3144524352435045ull  /* "EPCRCRD1" */
 #define JOURNAL_VERSION 1u
 #define JOURNAL_LOG_OFFSET 1048576u  /* first byte of the ring */
-#define JOURNAL_SUPER_SLOTS 2u       /* written in turn: one of them is always whole */
+#define JOURNAL_SUPER_SLOTS 3u       /* written in turn: the last one may be torn, or only in a
+                                        cache since a failed flush; the one before it is whole */
 #define JOURNAL_SUPER_STRIDE 65536u  /* far apart: no device tears both with one write */
 #define JOURNAL_DISKS_MAX 32u
 

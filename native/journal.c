@@ -10,6 +10,7 @@
 #include "checksum.h"
 #include "crash.h"
 #include "group.h"
+#include "mutant.h"
 
 int journal_init(struct journal *j)
 {
@@ -36,6 +37,57 @@ void journal_free(struct journal *j)
 uint64_t journal_ring_bytes(uint64_t file_bytes)
 {
     return file_bytes > JOURNAL_LOG_OFFSET ? (file_bytes - JOURNAL_LOG_OFFSET) / PAGE * PAGE : 0;
+}
+
+/* ---- Flushes -------------------------------------------------------------------------- */
+
+static void sync_submit(struct group *g);
+
+static void sync_over(struct disk_op *op, int64_t result)
+{
+    struct group *g = op->owner;
+    struct journal *j = &g->journal;
+    struct journal_sync *s = j->sync_first;
+    int error = result < 0 ? (int)result : 0;
+
+    if (!error && s->failures != j->sync_failures && !mutant(MUTANT_IGNORE_OTHERS_SYNC))
+        error = -EIO; /* the failure was told to somebody else */
+    if (result < 0)
+        j->sync_failures++;
+    j->sync_first = s->next;
+    if (j->sync_first)
+        sync_submit(g);
+    s->done(g, error);
+}
+
+static void sync_submit(struct group *g)
+{
+    struct journal *j = &g->journal;
+
+    j->sync_op = (struct disk_op){.opcode = DISK_SYNC, .file = DISK_JOURNAL, .done = sync_over,
+                                  .owner = g};
+    disk_submit(g->disk, &j->sync_op);
+}
+
+/* Before the first of the writes that a flush is to cover. */
+static void sync_prepare(struct group *g, struct journal_sync *s,
+                         void (*done)(struct group *g, int error))
+{
+    *s = (struct journal_sync){.done = done, .failures = g->journal.sync_failures};
+}
+
+/* All those writes have completed. */
+static void sync_start(struct group *g, struct journal_sync *s)
+{
+    struct journal *j = &g->journal;
+
+    if (j->sync_first) {
+        j->sync_last->next = s;
+        j->sync_last = s;
+        return;
+    }
+    j->sync_first = j->sync_last = s;
+    sync_submit(g);
 }
 
 /* ---- Superblock ----------------------------------------------------------------------- */
@@ -78,6 +130,8 @@ static void super_finish(struct group *g, int error)
     uint32_t count = 0, kept = 0;
 
     j->super_busy = false;
+    if (error && !mutant(MUTANT_SUPER_NEXT_SLOT))
+        j->super_seq += JOURNAL_SUPER_SLOTS - 1; /* the same slot: the one before it is whole */
     if (!error && j->super->epoch_limit > j->epoch_limit)
         j->epoch_limit = j->super->epoch_limit;
     for (uint32_t i = 0; i < j->waiters; i++) {
@@ -93,11 +147,6 @@ static void super_finish(struct group *g, int error)
         super_start(g);
 }
 
-static void super_synced(struct disk_op *op, int64_t result)
-{
-    super_finish(op->owner, result < 0 ? (int)result : 0);
-}
-
 static void super_written(struct disk_op *op, int64_t result)
 {
     struct group *g = op->owner;
@@ -106,10 +155,12 @@ static void super_written(struct disk_op *op, int64_t result)
         super_finish(g, (int)result);
         return;
     }
+    if (mutant(MUTANT_NO_SUPER_SYNC)) {
+        super_finish(g, 0);
+        return;
+    }
     crash_point("super-before-sync");
-    *op = (struct disk_op){.opcode = DISK_SYNC, .file = DISK_JOURNAL, .done = super_synced,
-                           .owner = g};
-    disk_submit(g->disk, op);
+    sync_start(g, &g->journal.super_sync);
 }
 
 static void super_start(struct group *g)
@@ -118,8 +169,12 @@ static void super_start(struct group *g)
 
     j->super_busy = true;
     j->super_writing = j->super_version;
-    j->super_seq++; /* a failed write is not repeated in its slot: the other one is whole */
+    j->super_seq++;
+    if (mutant(MUTANT_SUPER_ONE_SLOT))
+        while (j->super_seq % JOURNAL_SUPER_SLOTS)
+            j->super_seq++;
     journal_super_fill(g, j->super);
+    sync_prepare(g, &j->super_sync, super_finish);
     j->super_iov = (struct iovec){.iov_base = j->super, .iov_len = PAGE};
     j->super_op = (struct disk_op){
         .opcode = DISK_WRITE, .file = DISK_JOURNAL, .bytes = PAGE, .iov = &j->super_iov,
@@ -313,7 +368,7 @@ static void commit_written(struct disk_op *op, int64_t result)
 
     w->busy = false;
     c->busy--;
-    if (result < 0 && !c->error)
+    if (result < 0 && !c->error && !mutant(MUTANT_IGNORE_WRITE_ERROR))
         c->error = (int)result;
 }
 
@@ -427,7 +482,7 @@ static void mended(struct group *g, int error)
 }
 
 /* A file that was cut has lost superblocks and records. Once apply has brought the arena's
- * copy of those into the images, an empty ring and both superblocks are all it needs. */
+ * copy of those into the images, an empty ring and fresh superblocks are all it needs. */
 static int mend(struct group *g)
 {
     struct journal *j = &g->journal;
@@ -462,16 +517,15 @@ static bool file_ready(struct group *g)
     return j->mending == 0 && !j->commit.error;
 }
 
-static void commit_synced(struct disk_op *op, int64_t result)
+static void commit_synced(struct group *g, int error)
 {
-    struct group *g = op->owner;
     struct commit *c = &g->journal.commit;
 
-    if (result >= 0)
-        result = file_lost(g);
+    if (!error)
+        error = file_lost(g);
     crash_point("commit-after-sync");
-    if (result < 0)
-        c->error = (int)result;
+    if (!mutant(MUTANT_IGNORE_SYNC_ERROR))
+        c->error = error;
     c->phase = COMMIT_FINISHED;
 }
 
@@ -480,10 +534,12 @@ static void commit_sync(struct group *g)
     struct commit *c = &g->journal.commit;
 
     c->phase = COMMIT_SYNC;
+    if (mutant(MUTANT_NO_COMMIT_SYNC)) {
+        c->phase = COMMIT_FINISHED;
+        return;
+    }
     crash_point("commit-before-sync");
-    c->sync = (struct disk_op){.opcode = DISK_SYNC, .file = DISK_JOURNAL, .done = commit_synced,
-                               .owner = g};
-    disk_submit(g->disk, &c->sync);
+    sync_start(g, &c->sync);
 }
 
 /* Sets the state of the commit's epochs. */
@@ -550,12 +606,14 @@ bool journal_step(struct group *g)
         if (!file_ready(g))
             return c->phase == COMMIT_FINISHED;
         c->phase = COMMIT_WRITE;
+        sync_prepare(g, &c->sync, commit_synced);
         return true;
     case COMMIT_WRITE:
         moved |= checksum_step(g);
         moved |= write_segments(g);
         moved |= write_header(g);
-        if (c->busy == 0 && !c->job_busy && (c->error || c->header_written)) {
+        if ((c->busy == 0 || mutant(MUTANT_SYNC_BEFORE_WRITES)) && !c->job_busy &&
+            (c->error || c->header_written)) {
             if (c->error)
                 c->phase = COMMIT_FINISHED;
             else
@@ -601,16 +659,11 @@ int journal_commit_end(struct group *g)
 
 /* ---- Voiding the tail ----------------------------------------------------------------- */
 
-static void void_finish(struct group *g, int64_t result)
+static void void_finish(struct group *g, int error)
 {
-    if (result >= 0)
+    if (!error)
         g->journal.tail_suspect = false;
-    g->journal.void_done(g, result < 0 ? (int)result : 0);
-}
-
-static void void_synced(struct disk_op *op, int64_t result)
-{
-    void_finish(op->owner, result);
+    g->journal.void_done(g, error);
 }
 
 static void void_written(struct disk_op *op, int64_t result)
@@ -618,12 +671,10 @@ static void void_written(struct disk_op *op, int64_t result)
     struct group *g = op->owner;
 
     if (result < 0) {
-        void_finish(g, result);
+        void_finish(g, (int)result);
         return;
     }
-    *op = (struct disk_op){.opcode = DISK_SYNC, .file = DISK_JOURNAL, .done = void_synced,
-                           .owner = g};
-    disk_submit(g->disk, op);
+    sync_start(g, &g->journal.void_sync);
 }
 
 void journal_void(struct group *g, void (*done)(struct group *g, int error))
@@ -631,6 +682,7 @@ void journal_void(struct group *g, void (*done)(struct group *g, int error))
     struct journal *j = &g->journal;
 
     j->void_done = done;
+    sync_prepare(g, &j->void_sync, void_finish);
     j->void_iov = (struct iovec){.iov_base = j->void_page, .iov_len = PAGE};
     j->void_op = (struct disk_op){.opcode = DISK_WRITE, .file = DISK_JOURNAL,
                                   .offset = journal_offset(j, j->tail_lsn), .bytes = PAGE,

@@ -24,7 +24,9 @@
 
 struct group;
 
+#ifndef JOURNAL_EPOCH_STEP       /* the simulator has fewer, see tests/sim */
 #define JOURNAL_EPOCH_STEP 4096u /* ids reserved at once */
+#endif
 #define JOURNAL_WRITE_MAX (4u * SEGMENT_BYTES) /* neighbours written as one */
 #define JOURNAL_WRITES_MAX 16u   /* in flight */
 #define JOURNAL_INLINE_BYTES 262144u /* up to this, checksums are not worth a helper */
@@ -32,6 +34,15 @@ struct group;
 /* A record that the images lack still. */
 struct journal_pending {
     uint64_t lsn_end, epoch_last;
+};
+
+/* Flushes of the journal: one at a time, in turn. The kernel tells of a failed write-back
+ * once, to whichever flush comes first, and that one may be somebody else's: so a flush only
+ * counts for writes that no failed flush has come between. */
+struct journal_sync {
+    void (*done)(struct group *g, int error);
+    uint32_t failures;             /* journal.sync_failures when its writes began */
+    struct journal_sync *next;     /* waits for its turn */
 };
 
 /* One segment of the commit in progress. */
@@ -68,7 +79,7 @@ struct commit {
     int error;
     uint64_t start_ns;
     struct commit_write write[JOURNAL_WRITES_MAX];
-    struct disk_op sync;
+    struct journal_sync sync;
 };
 
 /* Somebody who waits until the superblock is durable. */
@@ -76,7 +87,7 @@ struct super_waiter {
     void (*done)(struct group *g, int error);
     uint64_t version;
 };
-#define SUPER_WAITERS_MAX 4u
+#define SUPER_WAITERS_MAX 8u
 
 struct journal {
     uint64_t ring_bytes, file_bytes;
@@ -103,9 +114,14 @@ struct journal {
     struct super_waiter waiter[SUPER_WAITERS_MAX];
     uint32_t waiters;
     uint64_t super_limit;          /* epoch_limit in the page being written */
+    struct disk_op sync_op;
+    struct journal_sync *sync_first, *sync_last; /* the first one is in flight */
+    uint32_t sync_failures;
     struct disk_op super_op;
     struct iovec super_iov;
+    struct journal_sync super_sync;
     struct disk_op void_op;
+    struct journal_sync void_sync;
     struct iovec void_iov;
     uint8_t *void_page;
     void (*void_done)(struct group *g, int error);

@@ -184,21 +184,23 @@ static void absurd_headers_are_no_records(void **state)
     ABSURD(version, 2);
 }
 
-static void either_superblock_will_do(void **state)
+static void any_superblock_will_do(void **state)
 {
     struct bench *b = *state;
-    uint8_t *newest, *other;
-    const struct journal_super *s[2];
+    uint8_t *slot[JOURNAL_SUPER_SLOTS], *newest;
 
     fill(b, 7, PAGE);
     bench_verb(b, VERB_SEAL);
     bench_verb(b, VERB_COMMIT);
     bench_settle(b);
     bench_kill(b);
-    s[0] = (const struct journal_super *)b->disk.file[0];
-    s[1] = (const struct journal_super *)(b->disk.file[0] + JOURNAL_SUPER_STRIDE);
-    newest = (uint8_t *)(uintptr_t)s[s[1]->super_seq > s[0]->super_seq];
-    other = (uint8_t *)(uintptr_t)s[s[1]->super_seq <= s[0]->super_seq];
+    newest = slot[0] = b->disk.file[0];
+    for (uint32_t i = 1; i < JOURNAL_SUPER_SLOTS; i++) {
+        slot[i] = b->disk.file[0] + i * JOURNAL_SUPER_STRIDE;
+        if (((const struct journal_super *)slot[i])->super_seq >
+            ((const struct journal_super *)newest)->super_seq)
+            newest = slot[i];
+    }
     newest[100] ^= 1;
     bench_forget_arena(b);
     assert_int_equal(bench_open(b), 0); /* the record is applied once more */
@@ -206,11 +208,11 @@ static void either_superblock_will_do(void **state)
     bench_settle(b);
     assert_int_equal(value_at(b, 8 - 7), 7);
     bench_kill(b);
-    newest[200] ^= 1; /* whatever was written since: neither is whole now */
-    other[200] ^= 1;
+    for (uint32_t i = 0; i < JOURNAL_SUPER_SLOTS; i++)
+        slot[i][200] ^= 1; /* none is whole now */
     bench_forget_arena(b);
     assert_int_equal(bench_open(b), -EINVAL);
-    assert_non_null(strstr(b->text, "neither superblock"));
+    assert_non_null(strstr(b->text, "no superblock"));
 }
 
 /* The ring of the journal, many times around. */
@@ -248,7 +250,7 @@ int main(void)
         CASE(a_torn_record_is_void),
         CASE(damage_before_an_acknowledged_record_is_refused),
         CASE(absurd_headers_are_no_records),
-        CASE(either_superblock_will_do),
+        CASE(any_superblock_will_do),
         CASE(records_wrap_around),
     };
 
