@@ -1,7 +1,7 @@
 """Crash states behind the disk seam: the real journal, apply and recovery on a simulated disk.
 
 tests/sim/run does the work; native/RECOVERY.md says what is held against which fault.
-EPOCHD_SIM_STATES sets how many crash states are explored (default 300000), EPOCHD_SIM_SEED the
+EPOCHD_SIM_STATES sets how many crash states are explored (default 1000000), EPOCHD_SIM_SEED the
 seed (default: a new one each time, printed).
 """
 
@@ -25,7 +25,7 @@ def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(3600)
 def test_no_crash_leaves_a_mix_of_epochs() -> None:
-    states = os.environ.get("EPOCHD_SIM_STATES", "300000")
+    states = os.environ.get("EPOCHD_SIM_STATES", "1000000")
     seed = os.environ.get("EPOCHD_SIM_SEED")
     result = simulate("--states", states, *(["--seed", seed] if seed else []))
     print(result.stdout)

@@ -85,8 +85,7 @@ void model_attempt(struct model *m, uint64_t id)
     for (uint32_t i = 0; i < m->attempts; i++)
         if (m->attempt[i] == id)
             return;
-    if (m->attempts == MODEL_ATTEMPTS_MAX) /* only repeats fill it; the oldest is superseded */
-        memmove(m->attempt, m->attempt + 1, --m->attempts * sizeof(m->attempt[0]));
+    check(m->attempts < MODEL_ATTEMPTS_MAX);
     m->attempt[m->attempts++] = id;
 }
 

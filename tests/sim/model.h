@@ -13,7 +13,7 @@
 #define MODEL_DISKS_MAX 3u
 #define MODEL_SECTORS_MAX 400u   /* of all disks */
 #define MODEL_EPOCHS_MAX 40u
-#define MODEL_ATTEMPTS_MAX 16u
+#define MODEL_ATTEMPTS_MAX MODEL_EPOCHS_MAX /* each is of a sealed epoch */
 #define MODEL_VALUES 2048u
 
 struct model_image {
