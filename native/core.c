@@ -207,6 +207,7 @@ int core_open(const core_config *config, core **out, char *text)
         struct disk_uring *recovery = r->uring; /* of this thread; the reactor opens its own */
 
         error = group_open(&r->group, config, r->group.disk, text);
+        disk_uring_release(recovery);
         disk_uring_close(recovery);
         r->uring = NULL;
     }

@@ -288,6 +288,12 @@ void disk_uring_discard(struct disk_uring *u)
     }
 }
 
+void disk_uring_release(struct disk_uring *u)
+{
+    check(u->in_flight == 0);
+    io_uring_unregister_files(&u->ring);
+}
+
 static int setup_ring(struct io_uring *ring)
 {
     struct io_uring_params p = {0};

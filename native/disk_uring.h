@@ -31,6 +31,9 @@ void disk_uring_sleep(struct disk_uring *u, uint64_t timeout_ns);
  * delivering them. What was not given to the kernel yet never will be. */
 uint32_t disk_uring_in_flight(const struct disk_uring *u);
 void disk_uring_discard(struct disk_uring *u);
+/* Lets go of the files at once, with nothing in flight: the kernel takes a ring down some
+ * time after it was closed, and as long the images would stay locked and busy. */
+void disk_uring_release(struct disk_uring *u);
 
 #define DISK_URING_TAGS 1024u
 

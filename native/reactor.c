@@ -294,6 +294,8 @@ static void settle(struct reactor *r)
         disk_uring_discard(r->uring);
     }
     r->unsettled = disk_uring_in_flight(r->uring) > 0;
+    if (!r->unsettled)
+        disk_uring_release(r->uring);
 }
 
 void *reactor_main(void *arg)
