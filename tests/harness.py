@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import re
 import shlex
@@ -57,6 +58,24 @@ def until(what: str, condition: Callable[[], T], deadline_s: float = DEADLINE_S)
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {deadline_s:g} s for {what}")
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A small ext4 file system on a loop device, mounted in `folder`."""
+    device, root = folder / "fs.img", folder / "mnt"
+    with device.open("wb") as file:
+        file.truncate(megabytes << 20)
+    root.mkdir()
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-m", "0", device], check=True)
+    subprocess.run(["mount", "-o", "loop", device, root], check=True)
+    try:
+        yield root
+    finally:
+        # A killed daemon's io_uring lets go of its files some time after the process.
+        until(
+            "the file system to be idle", lambda: subprocess.run(["umount", root]).returncode == 0
+        )
 
 
 def listens(path: Path) -> bool:

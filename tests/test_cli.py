@@ -21,7 +21,7 @@ from typing import IO, Any
 import pytest
 from conftest import Attach, StartDaemon
 from frontend import DEADLINE_S, Disk, FrontEndError
-from harness import Control, Daemon, DiskSpec, StorageDaemon, command, listens, until
+from harness import Control, Daemon, DiskSpec, StorageDaemon, command, listens, mounted, until
 
 MIB = 1 << 20
 EPOCHCTL = str(Path(sys.executable).parent / "epochctl")
@@ -74,21 +74,6 @@ def ctl(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=DEADLINE_S,
     )
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A small ext4 file system."""
-    device, root = folder / "fs.img", folder / "mnt"
-    with device.open("wb") as file:
-        file.truncate(megabytes * MIB)
-    root.mkdir()
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-m", "0", device], check=True)
-    subprocess.run(["mount", "-o", "loop", device, root], check=True)
-    try:
-        yield root
-    finally:
-        subprocess.run(["umount", root], check=True)
 
 
 # ---- what is printed ----------------------------------------------------------------------

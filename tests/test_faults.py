@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Attach, StartDaemon
 from frontend import INDIRECT, Disk, RequestFailed, Type
-from harness import Control, ControlError, Daemon, DiskSpec, command, until
+from harness import Control, ControlError, Daemon, DiskSpec, command, mounted, until
 
 MIB = 1 << 20
 BLOCK = 64 << 10
@@ -24,16 +24,8 @@ BLOCK = 64 << 10
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system (ext4) of 64 MiB. Ask for it before the daemons that use it."""
-    device, root = tmp_path / "fs.img", tmp_path / "mnt"
-    with device.open("wb") as file:
-        file.truncate(64 * MIB)
-    root.mkdir()
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-m", "0", device], check=True)
-    subprocess.run(["mount", "-o", "loop", device, root], check=True)
-    try:
+    with mounted(tmp_path, 64) as root:
         yield root
-    finally:
-        subprocess.run(["umount", root], check=True)
 
 
 def fill(root: Path) -> Path:
