@@ -127,7 +127,7 @@ struct journal_disk {
 };
 _Static_assert(sizeof(struct journal_disk) == 64, "array in the superblock");
 
-/* The superblock, PAGE bytes, in slot (version_seq % JOURNAL_SUPER_SLOTS). */
+/* The superblock, PAGE bytes, in slot super_seq % JOURNAL_SUPER_SLOTS. */
 struct journal_super {
     uint64_t magic;
     uint32_t crc;           /* CRC32C of the page with this field 0 */
