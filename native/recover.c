@@ -385,7 +385,9 @@ static int make_durable(struct recovery *r)
 }
 
 /* A torn record must not become whole by what is written over its data later; nor may one
- * come to light that the cache has hidden since a failed flush. */
+ * come to light that the cache has hidden since a failed flush. With the arena, what stands at
+ * the tail was never acknowledged and its epochs are sealed: from here on that is so, and
+ * a reboot must not turn it into a commit that nobody repeated. */
 static int void_tail(struct recovery *r)
 {
     struct journal *j = &r->g->journal;
@@ -521,7 +523,7 @@ static int recover(struct recovery *r)
         error = search_behind_tail(r);
     if (!error)
         error = make_durable(r);
-    if (!error && r->fresh && !r->super.clean && !mutant(MUTANT_NO_VOID_ON_RECOVERY))
+    if (!error && !(r->fresh && r->super.clean) && !mutant(MUTANT_NO_VOID_ON_RECOVERY))
         error = void_tail(r);
     if (!error)
         error = r->fresh ? begin_fresh(r) : create_uncommitted(r);
@@ -575,8 +577,6 @@ int group_open(struct group *g, const core_config *config, struct disk *disk, ch
         group_close(g);
         return error;
     }
-    /* A commit that nobody acknowledged may stand at the tail, visible or not. */
-    g->journal.tail_suspect = !r.fresh && journal_used(&g->journal) < g->journal.ring_bytes;
     if (r.recommit) {
         again.epoch = g->arena.header->committed;
         checkpoint_submit(g, &again);

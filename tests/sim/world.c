@@ -335,18 +335,12 @@ static void resolve(struct world *w, enum crash_kind after)
         return;
     }
     if (after == CRASH_AGENT) {
-        uint64_t attempt[MODEL_ATTEMPTS_MAX];
-        uint32_t n = m->attempts;
-
         if (open != m->id_used)
             sim_fail(w, "the open epoch is %llu, it was %llu", (ull)open, (ull)m->id_used);
-        /* Commits that were in flight and not taken back may still come true. */
-        memcpy(attempt, m->attempt, sizeof(attempt));
+        /* A commit that was in flight has happened or not: no later start may say otherwise. */
         if (id != m->committed_id)
             model_committed(m, id);
-        for (uint32_t i = m->attempts = 0; i < n; i++)
-            if (attempt[i] > id)
-                model_attempt(m, attempt[i]);
+        m->attempts = 0;
         if (g->epochs < m->sealed_count + 1)
             sim_fail(w, "%u sealed epochs are left of %u", g->epochs - 1, m->sealed_count);
         return;
