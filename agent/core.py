@@ -438,15 +438,18 @@ class Core:
         await self._command(lib.core_vring_base, disk, queue, base)
 
     async def ring_kick(self, disk: int, queue: int, fd: int) -> None:
-        """Event descriptor of the driver's notifications; -1: poll. `fd` is given away."""
+        """Eventfd of the driver's notifications; -1: poll. `fd` is given away;
+        CoreError when it is none."""
         await self._give(lib.core_vring_kick, disk, queue, fd)
 
     async def ring_call(self, disk: int, queue: int, fd: int) -> None:
-        """Event descriptor for our notifications; -1: none. `fd` is given away."""
+        """Eventfd for our notifications; -1: none. `fd` is given away;
+        CoreError when it is none."""
         await self._give(lib.core_vring_call, disk, queue, fd)
 
     async def ring_err(self, disk: int, queue: int, fd: int) -> None:
-        """Event descriptor for errors; -1: none. `fd` is given away."""
+        """Eventfd for errors; -1: none. `fd` is given away;
+        CoreError when it is none."""
         await self._give(lib.core_vring_err, disk, queue, fd)
 
     async def ring_enable(self, disk: int, queue: int, on: bool) -> None:
@@ -501,10 +504,10 @@ class Core:
             raise
         return await future
 
-    async def _give(self, function: Callable[..., None], disk: int, queue: int, fd: int) -> None:
+    async def _give(self, function: Callable[..., int], disk: int, queue: int, fd: int) -> None:
         if self._core is None and fd >= 0:
             os.close(fd)
-        await self._command(function, disk, queue, fd)
+        await self._checked_command(function, disk, queue, fd)
 
     def _deliver(self) -> None:
         # close() calls without a wake-up; events may wait all the same.

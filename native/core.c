@@ -1,7 +1,7 @@
 /* core.c - the functions of core.h: they pack a command, or start and stop the reactor.
  *
- * Owner: the control thread (Python's). Eventfds that the front end gave us are made
- * non-blocking here, so that no write to one can hold the reactor.
+ * Owner: the control thread (Python's). What the front end gave us as eventfds is checked
+ * to be that: nothing else is always there to be read, written and slept on.
  */
 #include "core.h"
 
@@ -589,30 +589,39 @@ void core_vring_base(core *c, uint64_t token, uint32_t disk, uint32_t queue, uin
     submit_value(c, COMMAND_BASE, token, disk, queue, base);
 }
 
-static void submit_fd(core *c, enum command_kind kind, uint64_t token, uint32_t disk,
-                      uint32_t queue, int fd)
+static int submit_fd(core *c, enum command_kind kind, uint64_t token, uint32_t disk,
+                     uint32_t queue, int fd, char *text)
 {
-    struct command *command = command_new(kind, token, disk, queue);
+    struct command *command;
+    const char *why;
 
-    if (fd >= 0)
+    if (fd >= 0 && !notifier_takes(fd, &why)) {
+        snprintf(text, CORE_TEXT_MAX, "virtqueue %u: %s; kicks, calls and errors take an eventfd",
+                 queue, why);
+        close(fd);
+        return -EINVAL;
+    }
+    if (fd >= 0) /* before Linux 5.8 nothing else keeps a read from waiting */
         fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    command = command_new(kind, token, disk, queue);
     command->fd = fd;
     submit(c, command);
+    return 0;
 }
 
-void core_vring_kick(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd)
+int core_vring_kick(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd, char *text)
 {
-    submit_fd(c, COMMAND_KICK, token, disk, queue, fd);
+    return submit_fd(c, COMMAND_KICK, token, disk, queue, fd, text);
 }
 
-void core_vring_call(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd)
+int core_vring_call(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd, char *text)
 {
-    submit_fd(c, COMMAND_CALL, token, disk, queue, fd);
+    return submit_fd(c, COMMAND_CALL, token, disk, queue, fd, text);
 }
 
-void core_vring_err(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd)
+int core_vring_err(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd, char *text)
 {
-    submit_fd(c, COMMAND_ERR, token, disk, queue, fd);
+    return submit_fd(c, COMMAND_ERR, token, disk, queue, fd, text);
 }
 
 void core_vring_enable(core *c, uint64_t token, uint32_t disk, uint32_t queue, int on)

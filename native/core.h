@@ -203,9 +203,13 @@ void core_vring_size(core *c, uint64_t token, uint32_t disk, uint32_t queue, uin
 void core_vring_addr(core *c, uint64_t token, uint32_t disk, uint32_t queue, uint32_t flags,
                      uint64_t desc, uint64_t avail, uint64_t used, uint64_t log);
 void core_vring_base(core *c, uint64_t token, uint32_t disk, uint32_t queue, uint32_t base);
-void core_vring_kick(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd);
-void core_vring_call(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd);
-void core_vring_err(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd);
+/* Eventfds only, else -EINVAL at once as above; fd -1: none. */
+int core_vring_kick(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd,
+                    char *text);
+int core_vring_call(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd,
+                    char *text);
+int core_vring_err(core *c, uint64_t token, uint32_t disk, uint32_t queue, int fd,
+                   char *text);
 void core_vring_enable(core *c, uint64_t token, uint32_t disk, uint32_t queue, int on);
 /* Drains the ring and stops it. DONE: value = next available index (GET_VRING_BASE). */
 void core_vring_stop(core *c, uint64_t token, uint32_t disk, uint32_t queue);

@@ -202,9 +202,9 @@ static bool do_stop(struct blk *b, struct command *c)
     blk_unwatch(r);
     if (r->kick_fd >= 0)
         close(r->kick_fd);
-    if (r->call_fd >= 0)
-        close(r->call_fd);
-    r->kick_fd = r->call_fd = -1;
+    notifier_close(r->call);
+    r->call = NULL;
+    r->kick_fd = -1;
     r->kicked = r->stopping = r->broken = false;
     r->held = false;
     reactor_done(b->core, c, 0, r->last_avail, NULL);
@@ -229,13 +229,26 @@ static void do_kick(struct blk *b, struct command *c)
     reactor_done(b->core, c, 0, 0, NULL);
 }
 
+/* The new descriptor in place of the old one; false: there is none now, the command failed. */
+static bool replace(struct blk *b, struct command *c, struct notifier **to)
+{
+    int error = 0;
+
+    notifier_close(*to);
+    *to = NULL;
+    if (c->fd >= 0)
+        error = notifier_open(to, c->fd);
+    if (error)
+        reactor_done(b->core, c, error, 0, "the eventfd cannot be registered with io_uring");
+    return !error;
+}
+
 static void do_call(struct blk *b, struct command *c)
 {
     struct ring *r = &b->ring[c->queue];
 
-    if (r->call_fd >= 0)
-        close(r->call_fd);
-    r->call_fd = c->fd;
+    if (!replace(b, c, &r->call))
+        return;
     /* What was finished while there was no descriptor would wait for ever. */
     ring_call(r);
     reactor_done(b->core, c, 0, 0, NULL);
@@ -312,9 +325,8 @@ static void do_now(struct blk *b, struct command *c)
         r->last_avail = (uint16_t)c->value;
         break;
     case COMMAND_ERR:
-        if (r->err_fd >= 0)
-            close(r->err_fd);
-        r->err_fd = c->fd;
+        if (!replace(b, c, &r->err))
+            return;
         break;
     case COMMAND_ENABLE:
         r->enabled = c->value != 0;

@@ -34,29 +34,22 @@ void ring_init(struct ring *r, struct blk *b, uint32_t index)
     memset(r, 0, sizeof(*r));
     r->blk = b;
     r->index = index;
-    r->kick_fd = r->call_fd = r->err_fd = -1;
-}
-
-static void close_fd(int *fd)
-{
-    if (*fd >= 0)
-        close(*fd);
-    *fd = -1;
+    r->kick_fd = -1;
 }
 
 void ring_reset(struct ring *r)
 {
     blk_unwatch(r);
-    close_fd(&r->kick_fd);
-    close_fd(&r->call_fd);
-    close_fd(&r->err_fd);
+    if (r->kick_fd >= 0)
+        close(r->kick_fd);
+    notifier_close(r->call);
+    notifier_close(r->err);
     free(r->resubmit);
     ring_init(r, r->blk, r->index);
 }
 
 void ring_break(struct ring *r, const char *format, ...)
 {
-    uint64_t one = 1;
     va_list args;
 
     if (r->broken)
@@ -66,9 +59,8 @@ void ring_break(struct ring *r, const char *format, ...)
     va_end(args);
     r->broken = true;
     r->running = false;
-    if (r->err_fd >= 0 && write(r->err_fd, &one, sizeof(one)) < 0) {
-        /* the front end's loss: the reason is in our log and status */
-    }
+    if (r->err)
+        notifier_signal(r->err);
     blk_ring_broken(r);
 }
 
@@ -256,14 +248,10 @@ bool ring_has_work(const struct ring *r)
 
 void ring_call(struct ring *r)
 {
-    uint64_t one = 1;
-
-    if (r->call_fd < 0)
+    if (!r->call)
         return;
     r->calls++;
-    if (write(r->call_fd, &one, sizeof(one)) < 0) {
-        /* EAGAIN: the counter is full, the driver has calls enough */
-    }
+    notifier_signal(r->call);
 }
 
 static bool call_wanted(struct ring *r)

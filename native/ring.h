@@ -15,6 +15,7 @@
 #include <stdint.h>
 
 #include "core.h"
+#include "notifier.h"
 #include "span.h"
 
 struct blk;
@@ -65,7 +66,8 @@ struct ring {
     uint16_t published;           /* used->idx as the driver sees it */
     uint16_t called_at;           /* used_idx at the last interrupt decision */
     bool called_valid;
-    int kick_fd, call_fd, err_fd; /* -1: none */
+    int kick_fd;                  /* -1: none */
+    struct notifier *call, *err;  /* NULL: none */
     bool watched;                 /* the sleeper waits for kick_fd */
     bool kicked;                  /* SET_VRING_KICK came: the ring is started */
     bool fresh;                   /* not yet run since it was started */

@@ -292,24 +292,23 @@ def test_a_kick_call_or_err_that_is_no_eventfd(
     scene: Scene, kind: str, make: Callable[[], int]
 ) -> None:
     """Always readable, never writable, or blocking: no thread may spin or hang on it."""
-    disk = scene.hostile()
-    disk.acknowledge()
-    disk.share_memory()
-    disk.start_queue(disk.make_queue(0, 64))
-    disk.write(0, bytes(512))
-    odd = make()
+    odd, said = make(), "the descriptor is no eventfd"
+    before = scene.daemon.log().count(said)
     try:
-        for put in (disk.set_call, disk.set_err, disk.set_kick):
-            put(0, odd)
-        disk.queues[0].polling = True
-        disk.submit(0, 0, room=512, kick=False)
-    except (Refused, HungUp):
-        pass
+        for put in (Disk.set_call, Disk.set_err, Disk.set_kick):
+            disk = scene.hostile()
+            disk.acknowledge()
+            disk.share_memory()
+            disk.start_queue(disk.make_queue(0, 64))
+            disk.write(0, bytes(512))
+            with pytest.raises((Refused, HungUp)):
+                put(disk, 0, odd)
+            disk.close()
     finally:
         os.close(odd)
+    assert scene.daemon.log().count(said) == before + 3
     for _ in range(10):
         assert scene.peaceful.read(0, 8) == b"\x33" * 4096
-    disk.close()
 
 
 def test_a_call_eventfd_that_is_full_blocks_nobody(scene: Scene) -> None:
@@ -322,10 +321,27 @@ def test_a_call_eventfd_that_is_full_blocks_nobody(scene: Scene) -> None:
     full = os.eventfd(0)  # blocking, and at its highest value
     os.eventfd_write(full, 0xFFFFFFFFFFFFFFFE)
     disk.set_call(0, full)
+    os.set_blocking(full, True)  # the flag is the open file's, whatever the agent set
     queue.polling = True
     for _ in range(20):
         queue.used_event = queue.used_seen
         disk.read(0, 1)
+    assert scene.peaceful.read(0, 8) == b"\x33" * 4096
+    os.close(full)
+
+
+def test_an_err_eventfd_that_is_full_blocks_nobody(scene: Scene) -> None:
+    disk = scene.hostile()
+    disk.acknowledge()
+    disk.share_memory()
+    queue = disk.make_queue(0, 64)
+    disk.start_queue(queue)
+    full = os.eventfd(0)
+    os.eventfd_write(full, 0xFFFFFFFFFFFFFFFE)
+    disk.set_err(0, full)
+    os.set_blocking(full, True)
+    queue.push_raw(1000)  # a descriptor that there is not: the ring breaks and says so
+    scene.daemon.wait_broken(disk=0)
     assert scene.peaceful.read(0, 8) == b"\x33" * 4096
     os.close(full)
     disk.close()
