@@ -125,13 +125,13 @@ static void sort_run(struct job *job, struct worker *w)
 {
     struct apply *a = job->owner;
     const struct index *x = &a->epoch->index;
+    struct index_cursor at = {0};
+    const struct index_slot *s;
 
     (void)w;
     a->entries = 0;
-    for (uint64_t b = 0; b < x->buckets; b++)
-        for (uint32_t i = 0; i < x->bucket[b].count; i++)
-            if (x->bucket[b].slot[i].mask)
-                a->entry[a->entries++] = x->bucket[b].slot[i];
+    while ((s = index_next(x, &at)))
+        a->entry[a->entries++] = *s;
     if (a->entries > 1)
         qsort(a->entry, a->entries, sizeof(*a->entry), by_place);
 }

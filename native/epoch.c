@@ -161,11 +161,10 @@ static bool is_zero(const uint8_t *p, uint32_t bytes)
 
 /* Part of a block: the frame carries what this epoch has of the block already and the new
  * sectors, so that a block needs one frame an epoch. Leaves all in g->scratch. */
-static int merge(struct group *g, struct epoch *e, uint32_t disk, uint64_t block, uint8_t mask,
-                 struct span_cursor *from, uint8_t *merged_mask)
+static int merge(struct group *g, struct epoch *e, const struct index_slot *s, uint32_t disk,
+                 uint64_t block, uint8_t mask, struct span_cursor *from, uint8_t *merged_mask)
 {
-    const struct index_slot *s = index_find(&e->index, disk, block);
-    uint8_t have = s ? s->mask : 0;
+    uint8_t have = s->mask;
     int error;
 
     if (!have && index_in_range(&e->index, disk, block)) {
@@ -196,11 +195,11 @@ static int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t
     arena_loc loc;
     int error;
 
-    error = index_reserve(&e->index, g->expected_blocks);
-    if (unlikely(error))
-        return error;
+    s = index_slot(&e->index, disk, block, g->expected_blocks); /* empty until there is a frame */
+    if (unlikely(!s))
+        return -ENOMEM;
     if (mask != MASK_FULL) {
-        error = merge(g, e, disk, block, mask, from, &carried);
+        error = merge(g, e, s, disk, block, mask, from, &carried);
         if (error)
             return error;
     }
@@ -228,16 +227,11 @@ static int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t
     }
     loc = end(g, e, h, disk, block, 1, carried, 0);
     crash_point("frame-before-index");
-    s = index_find(&e->index, disk, block);
-    e->logical_bytes += bytes;
-    if (s) {
-        e->logical_bytes -= (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
-        e->overwritten++;
-        s->loc = loc;
-        s->mask = carried;
-        return 0;
-    }
-    return index_put(&e->index, disk, block, loc, carried);
+    e->logical_bytes += bytes - (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
+    e->overwritten += s->mask != 0;
+    s->loc = loc;
+    s->mask = carried;
+    return 0;
 }
 
 /* The sectors of `block` that sector..sector+sectors-1 touches. */
@@ -466,6 +460,8 @@ static int reindex_frame(struct epoch *e, const struct frame_header *h, arena_lo
 
 int epoch_reindex(struct group *g, struct epoch *e)
 {
+    struct index_cursor at = {0};
+    const struct index_slot *slot;
     struct seen *seen = NULL;
     uint64_t count = 0, max = 0;
     int error;
@@ -486,9 +482,7 @@ int epoch_reindex(struct group *g, struct epoch *e)
         error = reindex_frame(e, h, seen[i].loc);
     }
     free(seen);
-    for (uint64_t b = 0; b < e->index.buckets; b++)
-        for (uint32_t i = 0; i < e->index.bucket[b].count; i++)
-            e->logical_bytes +=
-                (uint32_t)__builtin_popcount(e->index.bucket[b].slot[i].mask) * SECTOR_BYTES;
+    while ((slot = index_next(&e->index, &at)))
+        e->logical_bytes += (uint32_t)__builtin_popcount(slot->mask) * SECTOR_BYTES;
     return error;
 }

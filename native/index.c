@@ -5,119 +5,235 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BUCKETS_MIN 64u
+#define BUCKETS_MIN 64u          /* of a table of one shard: 4 KiB */
+#define SHARD_BUCKETS_MIN 4u
 
-__extension__ typedef unsigned __int128 wide;
-
-/* Position in order of the hash: growing the table keeps the order, so moving its slots
- * walks both tables from front to back. */
-static uint64_t home(const struct index *x, uint32_t disk, uint64_t block)
+static void free_shards(struct index_shard *shard, uint32_t shards)
 {
-    uint64_t h = (block | (uint64_t)disk << 48) * 0x9e3779b97f4a7c15ull;
-
-    h ^= h >> 32;
-    h *= 0xd6e8feb86659fd93ull;
-    h ^= h >> 32;
-    return (uint64_t)(((wide)h * x->buckets) >> 64);
+    for (uint32_t i = 0; shard && i < shards; i++)
+        free(shard[i].bucket);
+    free(shard);
 }
 
 void index_free(struct index *x)
 {
-    free(x->bucket);
+    free_shards(x->shard, x->shards);
     free(x->range);
     memset(x, 0, sizeof(*x));
 }
 
 uint64_t index_bytes(const struct index *x)
 {
-    return x->buckets * sizeof(struct index_bucket) + x->ranges_max * sizeof(struct index_range);
+    uint64_t bytes = x->ranges_max * sizeof(struct index_range);
+
+    for (uint32_t i = 0; i < x->shards; i++)
+        bytes += sizeof(struct index_shard) + x->shard[i].buckets * sizeof(struct index_bucket);
+    return bytes;
+}
+
+struct index_slot *index_next(const struct index *x, struct index_cursor *at)
+{
+    for (; at->shard < x->shards; at->shard++, at->bucket = 0)
+        for (; at->bucket < x->shard[at->shard].buckets; at->bucket++, at->slot = 0) {
+            struct index_bucket *b = &x->shard[at->shard].bucket[at->bucket];
+
+            while (at->slot < b->count)
+                if (b->slot[at->slot++].mask)
+                    return &b->slot[at->slot - 1];
+        }
+    return NULL;
+}
+
+/* The slot, or NULL and the bucket where it would be added. */
+static inline struct index_slot *find(const struct index_shard *s, uint32_t home, uint32_t disk,
+                                      uint64_t block, struct index_bucket **place)
+{
+    uint32_t low = (uint32_t)block, b = home;
+    uint16_t high = (uint16_t)(block >> 32);
+
+    for (;; b = b + 1 == s->buckets ? 0 : b + 1) {
+        struct index_bucket *bucket = &s->bucket[b];
+
+        for (uint32_t i = 0; i < bucket->count; i++) {
+            struct index_slot *slot = &bucket->slot[i];
+
+            if (slot->block_low == low && slot->block_high == high && slot->disk == disk)
+                return slot;
+        }
+        if (bucket->count < INDEX_BUCKET_SLOTS) {
+            *place = bucket;
+            return NULL;
+        }
+    }
 }
 
 struct index_slot *index_find(const struct index *x, uint32_t disk, uint64_t block)
 {
-    uint32_t low = (uint32_t)block;
-    uint16_t high = (uint16_t)(block >> 32);
-    uint64_t b;
+    uint64_t hash = index_hash(disk, block);
+    const struct index_shard *s;
+    struct index_bucket *place;
 
-    if (x->buckets == 0)
+    if (x->shards == 0)
         return NULL;
-    for (b = home(x, disk, block);; b = b + 1 == x->buckets ? 0 : b + 1) {
-        struct index_bucket *bucket = &x->bucket[b];
-
-        for (uint32_t i = 0; i < bucket->count; i++) {
-            struct index_slot *s = &bucket->slot[i];
-            if (s->block_low == low && s->block_high == high && s->disk == disk)
-                return s;
-        }
-        if (bucket->count < INDEX_BUCKET_SLOTS)
-            return NULL;
-    }
+    s = index_shard_of(x, hash);
+    return find(s, index_home(x, s, hash), disk, block, &place);
 }
 
-/* Appends a slot that is not there yet; the table has room. */
-static void add(struct index *x, const struct index_slot *s)
+/* ---- Growing --------------------------------------------------------------------------- */
+
+static int shard_create(struct index_shard *s, uint32_t buckets)
 {
-    uint64_t b = home(x, s->disk, index_slot_block(s));
-
-    while (x->bucket[b].count == INDEX_BUCKET_SLOTS)
-        b = b + 1 == x->buckets ? 0 : b + 1;
-    x->bucket[b].slot[x->bucket[b].count++] = *s;
-    x->used++;
-}
-
-static int grow(struct index *x, uint64_t buckets)
-{
-    struct index old = *x;
-    struct index_bucket *fresh;
-
-    fresh = aligned_alloc(64, buckets * sizeof(*fresh));
-    if (!fresh)
+    s->bucket = aligned_alloc(sizeof(*s->bucket), buckets * sizeof(*s->bucket));
+    if (!s->bucket)
         return -ENOMEM;
-    memset(fresh, 0, buckets * sizeof(*fresh));
-    x->bucket = fresh;
-    x->buckets = buckets;
-    x->used = 0;
-    for (uint64_t b = 0; b < old.buckets; b++)
-        for (uint32_t i = 0; i < old.bucket[b].count; i++)
-            if (old.bucket[b].slot[i].mask) /* emptied slots end here */
-                add(x, &old.bucket[b].slot[i]);
-    free(old.bucket);
+    memset(s->bucket, 0, buckets * sizeof(*s->bucket));
+    s->buckets = buckets;
+    s->used = 0;
     return 0;
+}
+
+/* Slots of an old table into the new shards, which have room. */
+static void move_slots(struct index *x, const struct index_shard *from)
+{
+    for (uint32_t b = 0; b < from->buckets; b++)
+        for (uint32_t i = 0; i < from->bucket[b].count; i++) {
+            const struct index_slot *slot = &from->bucket[b].slot[i];
+            uint64_t block = index_slot_block(slot), hash = index_hash(slot->disk, block);
+            struct index_shard *s = index_shard_of(x, hash);
+            struct index_bucket *place;
+
+            if (!slot->mask) /* emptied slots end here */
+                continue;
+            check(!find(s, index_home(x, s, hash), slot->disk, block, &place));
+            place->slot[place->count++] = *slot;
+            s->used++;
+            x->used++;
+        }
 }
 
 /* At most four of five slots of all buckets are used: longer runs of full buckets cost
  * more misses, a lower bound more memory. */
+static inline bool full(const struct index_shard *s)
+{
+    return s->used >= s->buckets * 4;
+}
+
+static int grow_shard(struct index *x, struct index_shard *s)
+{
+    struct index_shard old = *s;
+    int error = shard_create(s, old.buckets + old.buckets / 2);
+
+    if (error) {
+        *s = old;
+        return error;
+    }
+    x->used -= old.used;
+    move_slots(x, &old);
+    free(old.bucket);
+    return 0;
+}
+
+/* How many slots of the old table go to each of the new shards: a guest may have chosen its
+ * blocks so that they are far from even. */
+static void count_slots(const struct index *old, uint32_t shards, uint32_t *count)
+{
+    struct index_cursor at = {0};
+    const struct index_slot *s;
+
+    while ((s = index_next(old, &at)))
+        count[index_hash(s->disk, index_slot_block(s)) >> (64 - INDEX_SHARD_BITS) &
+              (shards - 1)]++;
+}
+
+/* A new set of shards, each with so many buckets or what it needs, takes over what there is. */
+static int reshard(struct index *x, uint32_t shards, uint32_t buckets)
+{
+    uint32_t count[INDEX_SHARDS] = {0};
+    struct index old = *x;
+
+    count_slots(&old, shards, count);
+    x->shard = calloc(shards, sizeof(*x->shard));
+    x->shards = shards;
+    for (uint32_t i = 0; x->shard && i < shards; i++) {
+        uint32_t least = count[i] / 4 + SHARD_BUCKETS_MIN;
+
+        if (shard_create(&x->shard[i], least > buckets ? least : buckets)) {
+            free_shards(x->shard, i);
+            x->shard = NULL;
+        }
+    }
+    if (!x->shard) {
+        *x = old;
+        return -ENOMEM;
+    }
+    x->shift = shards > 1 ? INDEX_SHARD_BITS : 0;
+    x->used = 0;
+    for (uint32_t i = 0; i < old.shards; i++)
+        move_slots(x, &old.shard[i]);
+    free_shards(old.shard, old.shards);
+    return 0;
+}
+
 int index_reserve(struct index *x, uint64_t expected)
 {
-    uint64_t buckets;
+    uint64_t buckets = expected / 4 + 1;
 
-    if (likely(x->used + 1 <= x->buckets * 4))
+    if (x->shards > 0)
         return 0;
-    buckets = x->buckets + x->buckets / 2;
-    if (x->buckets == 0)
-        buckets = expected / 4 + 1;
-    return grow(x, buckets < BUCKETS_MIN ? BUCKETS_MIN : buckets);
+    if (expected <= INDEX_SHARD_SLOTS)
+        return reshard(x, 1, buckets < BUCKETS_MIN ? BUCKETS_MIN : (uint32_t)buckets);
+    return reshard(x, INDEX_SHARDS, (uint32_t)(buckets / INDEX_SHARDS + SHARD_BUCKETS_MIN));
+}
+
+/* The hash's shard is full. */
+static int make_room(struct index *x, uint64_t hash)
+{
+    struct index_shard *s = index_shard_of(x, hash);
+
+    if (x->shards == 1 && s->used >= INDEX_SHARD_SLOTS)
+        return reshard(x, INDEX_SHARDS, s->buckets * 5 / 4 / INDEX_SHARDS);
+    return grow_shard(x, s);
+}
+
+struct index_slot *index_slot(struct index *x, uint32_t disk, uint64_t block, uint64_t expected)
+{
+    uint64_t hash = index_hash(disk, block);
+    struct index_slot *slot;
+    struct index_bucket *place;
+    struct index_shard *s;
+
+    if (unlikely(x->shards == 0) && index_reserve(x, expected))
+        return NULL;
+    s = index_shard_of(x, hash);
+    slot = find(s, index_home(x, s, hash), disk, block, &place);
+    if (slot)
+        return slot;
+    while (unlikely(full(s))) { /* a shard of a table just cut may be, too */
+        if (make_room(x, hash))
+            return NULL;
+        s = index_shard_of(x, hash);
+        find(s, index_home(x, s, hash), disk, block, &place);
+    }
+    slot = &place->slot[place->count++];
+    *slot = (struct index_slot){.block_low = (uint32_t)block, .disk = (uint8_t)disk,
+                                .block_high = (uint16_t)(block >> 32)};
+    s->used++;
+    x->used++;
+    return slot;
 }
 
 int index_put(struct index *x, uint32_t disk, uint64_t block, arena_loc loc, uint8_t mask)
 {
-    struct index_slot *s = index_find(x, disk, block);
-    struct index_slot fresh;
-    int error;
+    struct index_slot *s = index_slot(x, disk, block, 0);
 
-    if (s) {
-        s->loc = loc;
-        s->mask = mask;
-        return 0;
-    }
-    error = index_reserve(x, 0);
-    if (error)
-        return error;
-    fresh = (struct index_slot){.block_low = (uint32_t)block, .block_high = (uint16_t)(block >> 32),
-                                .disk = (uint8_t)disk, .loc = loc, .mask = mask};
-    add(x, &fresh);
+    if (!s)
+        return -ENOMEM;
+    s->loc = loc;
+    s->mask = mask;
     return 0;
 }
+
+/* ---- Zero ranges ------------------------------------------------------------------------ */
 
 /* First range that ends behind the block: the one that can hold it. */
 static uint32_t range_position(const struct index *x, uint32_t disk, uint64_t block)
@@ -148,21 +264,18 @@ bool index_in_range(const struct index *x, uint32_t disk, uint64_t block)
 
 static void empty_slots(struct index *x, uint32_t disk, uint64_t first, uint64_t end)
 {
-    if (end - first < x->buckets * 2) {
-        for (uint64_t block = first; block < end; block++) {
-            struct index_slot *s = index_find(x, disk, block);
-            if (s)
+    struct index_cursor at = {0};
+    struct index_slot *s;
+
+    if (end - first < x->used / 2) {
+        for (uint64_t block = first; block < end; block++)
+            if ((s = index_find(x, disk, block)))
                 s->mask = 0;
-        }
         return;
     }
-    for (uint64_t b = 0; b < x->buckets; b++)
-        for (uint32_t i = 0; i < x->bucket[b].count; i++) {
-            struct index_slot *s = &x->bucket[b].slot[i];
-            uint64_t block = index_slot_block(s);
-            if (s->disk == disk && block >= first && block < end)
-                s->mask = 0;
-        }
+    while ((s = index_next(x, &at)))
+        if (s->disk == disk && index_slot_block(s) >= first && index_slot_block(s) < end)
+            s->mask = 0;
 }
 
 static void range_insert(struct index *x, uint32_t at, struct index_range r)

@@ -4,9 +4,13 @@
  * cache miss; and a sorted list of zero ranges, so that a DISCARD of a whole disk costs one
  * entry. A slot wins over a range: putting a range empties the slots that it covers.
  *
+ * A table that has outgrown INDEX_SHARD_SLOTS is cut into shards by the top bits of the hash,
+ * and each grows on its own: no write pays for moving more than its shard, so the cost of
+ * the worst write stays flat while the epoch grows.
+ *
  * Owner: the reactor thread; a frozen index (its epoch is being applied) may be read by a
  * helper. Memory: private, 16 to 24 bytes a block, and 4 KiB at least.
- * Errors: -ENOMEM from index_put() and index_put_range(), before anything has changed.
+ * Errors: -ENOMEM (NULL from index_slot()), before anything has changed.
  */
 #ifndef EPOCHD_INDEX_H
 #define EPOCHD_INDEX_H
@@ -39,9 +43,21 @@ struct index_range {
     uint32_t flags;         /* FRAME_UNMAP or 0 */
 };
 
-struct index {
+#define INDEX_SHARD_BITS 8u
+#define INDEX_SHARDS (1u << INDEX_SHARD_BITS)
+#define INDEX_SHARD_SLOTS 16384u /* a table of one shard has at most so many */
+
+struct index_shard {
     struct index_bucket *bucket;
-    uint64_t buckets;       /* 0: nothing was ever put */
+    uint32_t buckets;
+    uint32_t used;          /* slots */
+};
+_Static_assert(sizeof(struct index_shard) == 16, "four to a cache line");
+
+struct index {
+    struct index_shard *shard; /* NULL: nothing was ever put */
+    uint32_t shards;        /* 0, 1 or INDEX_SHARDS */
+    uint32_t shift;         /* bits of the hash that choose the shard: 0 or INDEX_SHARD_BITS */
     uint64_t used;          /* slots */
     struct index_range *range; /* sorted by disk, first; disjoint */
     uint32_t ranges, ranges_max;
@@ -55,14 +71,58 @@ static inline uint64_t index_slot_block(const struct index_slot *s)
 void index_free(struct index *x);
 uint64_t index_bytes(const struct index *x);
 
+/* Where the block's slot would be: hash, then shard, then bucket of the shard. */
+static inline uint64_t index_hash(uint32_t disk, uint64_t block)
+{
+    uint64_t h = (block | (uint64_t)disk << 48) * 0x9e3779b97f4a7c15ull;
+
+    h ^= h >> 32;
+    h *= 0xd6e8feb86659fd93ull;
+    return h ^ h >> 32;
+}
+
+static inline struct index_shard *index_shard_of(const struct index *x, uint64_t hash)
+{
+    return &x->shard[hash >> (64 - INDEX_SHARD_BITS) & (x->shards - 1)];
+}
+
+/* In order of the hash: growing a shard keeps the order, so moving its slots walks both
+ * tables from front to back. */
+static inline uint32_t index_home(const struct index *x, const struct index_shard *s, uint64_t hash)
+{
+    return (uint32_t)((hash << x->shift >> 32) * s->buckets >> 32);
+}
+
+/* Gets the block's bucket under way to the cache. */
+static inline void index_prefetch(const struct index *x, uint32_t disk, uint64_t block)
+{
+    uint64_t hash = index_hash(disk, block);
+
+    if (x->shard) {
+        const struct index_shard *s = index_shard_of(x, hash);
+
+        __builtin_prefetch(&s->bucket[index_home(x, s, hash)], 1);
+    }
+}
+
 /* The slot of a block, or NULL. */
 struct index_slot *index_find(const struct index *x, uint32_t disk, uint64_t block);
 
-/* Makes room for one more slot, so that the next index_put() cannot fail. */
+/* The slot of a block, a fresh one (mask 0) if it has none; NULL: no memory. It is valid until
+ * the next slot is added. `expected`: how many blocks an empty index should have room for. */
+struct index_slot *index_slot(struct index *x, uint32_t disk, uint64_t block, uint64_t expected);
+
+/* Makes an empty index large enough for so many slots. */
 int index_reserve(struct index *x, uint64_t expected);
 
 /* Points the block at a frame; the mask replaces the old one. */
 int index_put(struct index *x, uint32_t disk, uint64_t block, arena_loc loc, uint8_t mask);
+
+/* All slots that are in use: *at starts as a zeroed cursor; NULL at the end. */
+struct index_cursor {
+    uint32_t shard, bucket, slot;
+};
+struct index_slot *index_next(const struct index *x, struct index_cursor *at);
 
 /* Blocks first..end-1 are zero from now on. */
 int index_put_range(struct index *x, uint32_t disk, uint64_t first, uint64_t end, uint32_t flags);
