@@ -1,7 +1,7 @@
 """The agent dies by SIGKILL under load, at random and at named points; nothing is lost.
 
-EPOCHD_TEST_KILLS sets how often (default 40); `tests/crash/run` is the long form, and has a
-real guest too.
+EPOCHD_TEST_KILLS sets how often under a front end (default 40), EPOCHD_TEST_GUEST_KILLS how
+often under a real guest (5); `tests/crash/run` is the long form.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import pytest
 from conftest import running
 from crash import build
 from crash.campaign import Campaign
+from crash.guest import GuestCampaign
 from crash.points import POINTS
 
 KILLS = int(os.environ.get("EPOCHD_TEST_KILLS", "40"))
+GUEST_KILLS = int(os.environ.get("EPOCHD_TEST_GUEST_KILLS", "5"))
 SOURCES = build.ROOT / "native"
 
 
@@ -35,6 +37,20 @@ def test_nothing_is_lost_when_the_agent_is_killed(tmp_path: Path) -> None:
     assert figures.finished_later > 0
     # Half of the kills go round the points in turn; a few are not reached in their round.
     assert len(figures.at_points) > min(len(POINTS), KILLS // 2) // 2
+    assert not campaign.daemon.complaints()
+
+
+@pytest.mark.timeout(240 + GUEST_KILLS * 10)
+def test_a_guest_sees_no_error_when_the_agent_is_killed(tmp_path: Path) -> None:
+    campaign = GuestCampaign(tmp_path, seed=GUEST_KILLS)
+    running.append(campaign.daemon)
+    try:
+        print(*campaign.run(GUEST_KILLS), sep="\n")
+    finally:
+        campaign.close()
+    running.remove(campaign.daemon)
+    assert campaign.daemon.log().count("front end connected") >= 2 * (GUEST_KILLS + 1)
+    assert min(campaign.blocks) >= campaign.fio.blocks
     assert not campaign.daemon.complaints()
 
 

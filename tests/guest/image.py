@@ -52,14 +52,15 @@ def _one(pattern: str) -> Path:
     return found[-1]
 
 
-def _host_program(name: str) -> Path:
+def host_program(name: str) -> Path:
+    """A program of this machine."""
     path = shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
     if path is None:
         raise FileNotFoundError(f"{name} is missing: run tools/setup")
     return Path(path)
 
 
-def _libraries(program: Path) -> list[Path]:
+def libraries(program: Path) -> list[Path]:
     """Shared libraries of a program, its loader included."""
     text = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
     return [Path(p) for p in re.findall(r"(/\S+) \(0x", text)]
@@ -72,9 +73,9 @@ def _contents() -> dict[str, Path]:
     files = {"init": HERE / "init", "bin/busybox": _one("bin/busybox")}
     files |= {f"modules/{Path(m).name}": modules / m for m in MODULES}
     for name in HOST_PROGRAMS:
-        program = _host_program(name)
+        program = host_program(name)
         files[f"sbin/{name}"] = program
-        files |= {str(lib).lstrip("/"): lib for lib in _libraries(program)}
+        files |= {str(lib).lstrip("/"): lib for lib in libraries(program)}
     return files
 
 
