@@ -1,0 +1,1 @@
+"""Measurements: how they are made and why they can be trusted is in METHOD.md."""
