@@ -424,21 +424,19 @@ static uint8_t read_or_write(struct blk *b, struct ring *r, uint16_t head, const
     return do_write(b, r, head, c, sector, bytes, header);
 }
 
-static uint8_t dispatch(struct blk *b, struct ring *r, uint16_t head, const struct chain *c,
+static uint8_t dispatch(struct blk *b, struct ring *r, const struct chain *c,
                         uint64_t *data_bytes)
 {
-    struct virtio_blk_outhdr header;
-    struct span_cursor from = span_start(c->out, c->out_count);
+    uint16_t head = c->head;
 
-    if (c->out_bytes < sizeof(header)) {
+    if (unlikely(c->out_bytes < sizeof(c->header))) {
         b->stats.rejected++;
         return VIRTIO_BLK_S_IOERR;
     }
-    span_read(&from, &header, sizeof(header));
-    switch (header.type) {
+    switch (c->header.type) {
     case VIRTIO_BLK_T_IN:
     case VIRTIO_BLK_T_OUT:
-        return read_or_write(b, r, head, c, header.type, header.sector, data_bytes);
+        return read_or_write(b, r, head, c, c->header.type, c->header.sector, data_bytes);
     case VIRTIO_BLK_T_FLUSH:
         b->stats.flushes++;
         return answer_when_durable(b, r, head, c);
@@ -446,29 +444,33 @@ static uint8_t dispatch(struct blk *b, struct ring *r, uint16_t head, const stru
         return get_id(b, c, data_bytes);
     case VIRTIO_BLK_T_DISCARD:
     case VIRTIO_BLK_T_WRITE_ZEROES:
-        return do_zero(b, r, head, c, header.type);
+        return do_zero(b, r, head, c, c->header.type);
     default:
         return VIRTIO_BLK_S_UNSUPP;
     }
 }
 
-enum blk_result blk_execute(struct ring *r, uint16_t head)
+void blk_expect(struct blk *b, struct chain *c)
 {
-    struct blk *b = r->blk;
-    struct chain *c = &b->core->chain;
-    uint64_t data_bytes = 0;
-    uint8_t status;
+    struct span_cursor from = span_start(c->out, c->out_count);
 
-    if (!ring_chain(r, head, c))
-        return BLK_BROKEN;
-    if (c->in_bytes == 0) {
-        ring_break(r, "request at descriptor %u has no byte for its status", head);
-        return BLK_BROKEN;
-    }
-    status = dispatch(b, r, head, c, &data_bytes);
+    if (unlikely(c->out_bytes < sizeof(c->header)))
+        return;
+    if (likely(c->out[0].bytes >= sizeof(c->header)))
+        memcpy(&c->header, c->out[0].ptr, sizeof(c->header));
+    else
+        span_read(&from, &c->header, sizeof(c->header));
+    epoch_expect(&b->core->group, b->disk, c->header.sector / BLOCK_SECTORS);
+}
+
+bool blk_execute(struct ring *r, const struct chain *c)
+{
+    uint64_t data_bytes = 0;
+    uint8_t status = dispatch(r->blk, r, c, &data_bytes);
+
     if (status == STATUS_HELD)
-        return BLK_HELD;
+        return false;
     if (status != STATUS_PENDING)
-        finish(b, r, head, c->in, c->in_count, data_bytes, status);
-    return BLK_TAKEN;
+        finish(r->blk, r, c->head, c->in, c->in_count, data_bytes, status);
+    return true;
 }

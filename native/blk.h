@@ -26,8 +26,6 @@ struct command;
 #define BLK_F_LOG_ALL (1ull << 26)
 #define BLK_F_PROTOCOL_FEATURES (1ull << 30)
 
-enum blk_result { BLK_TAKEN, BLK_HELD, BLK_BROKEN };
-
 /* A request that could not be answered at once. */
 struct request {
     struct blk *blk;
@@ -73,8 +71,10 @@ struct blk {
 void blk_init(struct blk *b, struct reactor *core, uint32_t disk);
 void blk_free(struct blk *b);
 
-/* Takes the request at head from the ring. */
-enum blk_result blk_execute(struct ring *r, uint16_t head);
+/* Copies the request's header out of the chain, and gets the index bucket under way. */
+void blk_expect(struct blk *b, struct chain *c);
+/* Carries the request out; false: it is not taken, the ring is held until there is room. */
+bool blk_execute(struct ring *r, const struct chain *c);
 
 /* Commands from the control thread, in order; step: true when one was carried out. */
 void blk_command(struct blk *b, struct command *c);

@@ -108,6 +108,11 @@ struct epoch *epoch_by_id(const struct group *g, uint64_t id)
 
 /* ---- Writing -------------------------------------------------------------------------- */
 
+void epoch_expect(const struct group *g, uint32_t disk, uint64_t block)
+{
+    index_prefetch(&epoch_open(g)->index, disk, block);
+}
+
 bool epoch_room(const struct group *g, uint64_t blocks)
 {
     const struct arena_cursor *at = &epoch_open(g)->raw;
@@ -183,54 +188,68 @@ static int merge(struct group *g, struct epoch *e, const struct index_slot *s, u
     return 0;
 }
 
-/* One block, or part of one, from the cursor into the open epoch. */
-static int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
-                       uint8_t mask, struct span_cursor *from)
+/* The frame that begin() gave is filled but for its kind: zeroes are stored as nothing. */
+static inline void publish(struct group *g, struct epoch *e, struct frame_header *h,
+                           struct index_slot *s, uint32_t disk, uint64_t block, uint8_t mask)
 {
-    struct frame_header *h;
-    struct index_slot *s;
-    uint32_t bytes;
-    uint8_t *payload, carried = mask;
-    uint32_t faults = span_faults_now();
+    uint32_t bytes = (uint32_t)__builtin_popcount(mask) * SECTOR_BYTES;
     arena_loc loc;
-    int error;
 
-    s = index_slot(&e->index, disk, block, g->expected_blocks); /* empty until there is a frame */
-    if (unlikely(!s))
-        return -ENOMEM;
-    if (mask != MASK_FULL) {
-        error = merge(g, e, s, disk, block, mask, from, &carried);
-        if (error)
-            return error;
-    }
-    h = begin(g, e, BLOCK_BYTES);
-    payload = (uint8_t *)(h + 1);
-    bytes = (uint32_t)__builtin_popcount(carried) * SECTOR_BYTES;
-    if (mask == MASK_FULL) {
-        span_read(from, payload, BLOCK_BYTES);
-    } else {
-        for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
-            if (carried & 1u << i) {
-                memcpy(payload, g->scratch + i * SECTOR_BYTES, SECTOR_BYTES);
-                payload += SECTOR_BYTES;
-            }
-        payload = (uint8_t *)(h + 1);
-    }
-    if (unlikely(span_faults_now() != faults))
-        return -EFAULT; /* the guest's memory vanished under the copy: publish nothing */
     h->kind = FRAME_RAW;
     h->payload_bytes = bytes;
-    if (is_zero(payload, bytes)) {
+    if (unlikely(is_zero((const uint8_t *)(h + 1), bytes))) {
         h->kind = FRAME_ZERO;
         h->payload_bytes = 0;
         g->stats.zero_frames++;
     }
-    loc = end(g, e, h, disk, block, 1, carried, 0);
+    loc = end(g, e, h, disk, block, 1, mask, 0);
     crash_point("frame-before-index");
     e->logical_bytes += bytes - (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
     e->overwritten += s->mask != 0;
     s->loc = loc;
-    s->mask = carried;
+    s->mask = mask;
+}
+
+/* One whole block from the cursor into the open epoch. */
+static inline int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
+                              struct span_cursor *from)
+{
+    uint32_t faults = span_faults_now();
+    struct index_slot *s = index_slot(&e->index, disk, block, g->expected_blocks);
+    struct frame_header *h;
+
+    if (unlikely(!s))
+        return -ENOMEM;
+    h = begin(g, e, BLOCK_BYTES);
+    span_read(from, h + 1, BLOCK_BYTES);
+    if (unlikely(span_faults_now() != faults))
+        return -EFAULT; /* the guest's memory vanished under the copy: publish nothing */
+    publish(g, e, h, s, disk, block, MASK_FULL);
+    return 0;
+}
+
+/* Part of a block. */
+static int write_part(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
+                      uint8_t mask, struct span_cursor *from)
+{
+    uint32_t faults = span_faults_now();
+    struct index_slot *s = index_slot(&e->index, disk, block, g->expected_blocks);
+    struct frame_header *h;
+    uint8_t *payload, carried;
+    int error = s ? merge(g, e, s, disk, block, mask, from, &carried) : -ENOMEM;
+
+    if (unlikely(error))
+        return error;
+    h = begin(g, e, BLOCK_BYTES);
+    payload = (uint8_t *)(h + 1);
+    for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
+        if (carried & 1u << i) {
+            memcpy(payload, g->scratch + i * SECTOR_BYTES, SECTOR_BYTES);
+            payload += SECTOR_BYTES;
+        }
+    if (unlikely(span_faults_now() != faults))
+        return -EFAULT;
+    publish(g, e, h, s, disk, block, carried);
     return 0;
 }
 
@@ -254,7 +273,10 @@ int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cur
     if (sectors == 0) /* legal; a frame of no sectors is not */
         return 0;
     for (uint64_t block = sector / BLOCK_SECTORS; block * BLOCK_SECTORS < sector + sectors; block++) {
-        int error = write_block(g, e, disk, block, block_mask(block, sector, sectors), from);
+        uint8_t mask = block_mask(block, sector, sectors);
+        int error = likely(mask == MASK_FULL) ? write_block(g, e, disk, block, from)
+                                              : write_part(g, e, disk, block, mask, from);
+
         if (unlikely(error))
             return error;
     }
@@ -313,14 +335,14 @@ int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors
         struct span_cursor from = span_start(&span, 1);
         uint64_t block = sector / BLOCK_SECTORS;
 
-        error = write_block(g, e, disk, block, block_mask(block, sector, sectors), &from);
+        error = write_part(g, e, disk, block, block_mask(block, sector, sectors), &from);
     }
     if (!error && first < last)
         error = zero_blocks(g, e, disk, first, last - first, flags);
     if (!error && end_sector % BLOCK_SECTORS && last >= first) {
         struct span_cursor from = span_start(&span, 1);
 
-        error = write_block(g, e, disk, last, block_mask(last, sector, sectors), &from);
+        error = write_part(g, e, disk, last, block_mask(last, sector, sectors), &from);
     }
     return error;
 }

@@ -68,6 +68,9 @@ static inline bool epoch_empty(const struct epoch *e)
     return e->raw_list.count == 0 && e->kept_list.count == 0;
 }
 
+/* A request for the block comes next: gets what it will look up under way to the cache. */
+void epoch_expect(const struct group *g, uint32_t disk, uint64_t block);
+
 /* Is there room in the arena for a request that touches `blocks` blocks? */
 bool epoch_room(const struct group *g, uint64_t blocks);
 

@@ -11,6 +11,7 @@
 #define EPOCHD_MEMORY_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "core.h"
@@ -54,6 +55,16 @@ bool memory_lost(const struct memory *m);
 /* Host address of a guest physical address, NULL outside of memory. *got: how many of
  * `bytes` lie contiguously from there. */
 uint8_t *memory_at(struct memory *m, uint64_t guest, uint64_t bytes, uint64_t *got);
+
+/* The same for what lies wholly in the region of the latest lookup, as nearly all does; NULL:
+ * it does not, ask memory_at(). */
+static inline uint8_t *memory_near(const struct memory *m, uint64_t guest, uint64_t bytes)
+{
+    const struct memory_region *r = &m->region[m->last];
+    uint64_t at = guest - r->guest;
+
+    return at < r->bytes && bytes <= r->bytes - at ? r->host + at : NULL;
+}
 /* Host address of a front end's user address; all of `bytes` must lie in one region. */
 uint8_t *memory_at_user(const struct memory *m, uint64_t user, uint64_t bytes);
 

@@ -229,10 +229,11 @@ static bool poll_rings(struct reactor *r)
 
 static void publish_rings(struct reactor *r)
 {
-    for (uint32_t d = 0; d < r->group.config.disks; d++)
-        if (r->blk[d].memory)
-            for (uint32_t q = 0; q < CORE_QUEUES_MAX; q++)
-                ring_publish(&r->blk[d].ring[q]);
+    for (uint32_t i = 0; i < r->news_count; i++) {
+        r->news[i]->to_publish = false;
+        ring_publish(r->news[i]);
+    }
+    r->news_count = 0;
 }
 
 static bool step(struct reactor *r)

@@ -39,13 +39,17 @@ void ring_init(struct ring *r, struct blk *b, uint32_t index)
 
 void ring_reset(struct ring *r)
 {
+    bool listed;
+
     blk_unwatch(r);
     if (r->kick_fd >= 0)
         close(r->kick_fd);
     notifier_close(r->call);
     notifier_close(r->err);
     free(r->resubmit);
+    listed = r->to_publish;
     ring_init(r, r->blk, r->index);
+    r->to_publish = listed; /* the reactor's list still names it */
 }
 
 void ring_break(struct ring *r, const char *format, ...)
@@ -270,10 +274,20 @@ static bool call_wanted(struct ring *r)
 
 /* ---- Used ring -------------------------------------------------------------------------- */
 
+static void has_news(struct ring *r)
+{
+    struct reactor *core = r->blk->core;
+
+    r->to_publish = true;
+    core->news[core->news_count++] = r;
+}
+
 void ring_push(struct ring *r, uint16_t head, uint32_t len)
 {
-    uint32_t at = r->used_idx % r->size;
+    uint32_t at = r->used_idx & (r->size - 1);
 
+    if (!r->to_publish)
+        has_news(r);
     store_once(&r->used->ring[at].id, head);
     store_once(&r->used->ring[at].len, len);
     log_used(r, 4 + (uint64_t)at * sizeof(struct vring_used_elem), sizeof(struct vring_used_elem));
@@ -316,17 +330,12 @@ static struct vring_desc copy_desc(const struct vring_desc *d)
                                .flags = load_once(&d->flags), .next = load_once(&d->next)};
 }
 
-static bool add_spans(struct ring *r, struct chain *c, const struct vring_desc *d)
+/* A buffer that is not in one piece, or not in the region of the latest lookup. */
+static bool add_pieces(struct ring *r, const struct vring_desc *d, struct span *to,
+                       uint32_t *count)
 {
-    bool in = d->flags & VRING_DESC_F_WRITE;
-    struct span *to = in ? c->in : c->out;
-    uint32_t *count = in ? &c->in_count : &c->out_count;
     uint64_t guest = d->addr, left = d->len;
 
-    if (!in && c->in_count > 0) {
-        ring_break(r, "a device-readable descriptor follows a device-writable one");
-        return false;
-    }
     if (guest + left < guest) {
         ring_break(r, "descriptor of %llu bytes at %#llx wraps", (ull)left, (ull)guest);
         return false;
@@ -348,6 +357,24 @@ static bool add_spans(struct ring *r, struct chain *c, const struct vring_desc *
         guest += got;
         left -= got;
     }
+    return true;
+}
+
+static inline bool add_spans(struct ring *r, struct chain *c, const struct vring_desc *d)
+{
+    bool in = d->flags & VRING_DESC_F_WRITE;
+    struct span *to = in ? c->in : c->out;
+    uint32_t *count = in ? &c->in_count : &c->out_count;
+    uint8_t *ptr = memory_near(r->blk->memory, d->addr, d->len);
+
+    if (unlikely(!in && c->in_count > 0)) {
+        ring_break(r, "a device-readable descriptor follows a device-writable one");
+        return false;
+    }
+    if (likely(ptr && d->len > 0 && *count < CHAIN_SPANS_MAX))
+        to[(*count)++] = (struct span){.ptr = ptr, .guest = d->addr, .bytes = d->len};
+    else if (!add_pieces(r, d, to, count))
+        return false;
     *(in ? &c->in_bytes : &c->out_bytes) += d->len;
     return true;
 }
@@ -357,16 +384,22 @@ static uint32_t copy_table(struct ring *r, struct chain *c, const struct vring_d
 {
     uint64_t guest = d->addr, left = d->len;
     uint8_t *to = (uint8_t *)c->table;
+    const uint8_t *from;
 
     if (left == 0 || left % sizeof(struct vring_desc) || left > sizeof(c->table)) {
         ring_break(r, "indirect table of %u bytes: must be 1 to %u descriptors of 16", d->len,
                    CORE_QUEUE_SIZE_MAX);
         return 0;
     }
+    from = memory_near(r->blk->memory, guest, left);
+    if (likely(from && left == 3 * sizeof(struct vring_desc))) { /* header, data, status */
+        memcpy(to, from, 3 * sizeof(struct vring_desc));
+        return 3;
+    }
     while (left > 0) {
         uint64_t got;
-        const uint8_t *from = memory_at(r->blk->memory, guest, left, &got);
 
+        from = memory_at(r->blk->memory, guest, left, &got);
         if (!from || guest + left < guest) {
             ring_break(r, "indirect table at %#llx is outside of the guest's memory",
                        (ull)d->addr);
@@ -386,6 +419,7 @@ bool ring_chain(struct ring *r, uint16_t head, struct chain *c)
     uint32_t size = r->size, seen = 0, at = head;
     bool indirect = false;
 
+    c->head = head;
     c->out_count = c->in_count = 0;
     c->out_bytes = c->in_bytes = 0;
     for (;;) {
@@ -427,40 +461,92 @@ bool ring_chain(struct ring *r, uint16_t head, struct chain *c)
 
 /* ---- Taking requests -------------------------------------------------------------------- */
 
-/* Runs the request at head; false: stop polling this ring for now. */
-static bool run_head(struct ring *r, uint16_t head)
+/* Copies the chain and gets what its request will touch under way to the cache; false: the
+ * ring is broken now. */
+static bool prepare(struct ring *r, uint16_t head, struct chain *c)
 {
     if (unlikely(head >= r->size)) {
         ring_break(r, "available ring names descriptor %u of %u", head, r->size);
         return false;
     }
-    switch (blk_execute(r, head)) {
-    case BLK_TAKEN:
-        r->requests++;
-        return true;
-    case BLK_HELD:
+    if (unlikely(!ring_chain(r, head, c)))
         return false;
-    case BLK_BROKEN:
-        break;
+    if (unlikely(c->in_bytes == 0)) {
+        ring_break(r, "request at descriptor %u has no byte for its status", head);
+        return false;
     }
-    return false;
+    blk_expect(r->blk, c);
+    return true;
 }
 
 static bool poll_resubmits(struct ring *r)
 {
+    struct chain *c = r->blk->core->chain;
+
     while (r->resubmit_next < r->resubmits && r->running) {
-        if (!run_head(r, r->resubmit[r->resubmit_next]))
+        if (!prepare(r, r->resubmit[r->resubmit_next], c) || !blk_execute(r, c))
             return false;
+        r->requests++;
         r->resubmit_next++;
         crash_point("resubmit");
     }
     return r->running;
 }
 
+static inline uint16_t available(const struct ring *r, uint32_t ahead)
+{
+    return load_once(&r->avail->ring[(r->last_avail + ahead) & (r->size - 1)]);
+}
+
+/* The driver has just written these lines on another processor. A head is a hint here, its
+ * table may be anywhere: only what lies in guest memory is touched. */
+static void fetch_ahead(const struct ring *r, uint32_t ahead)
+{
+    uint16_t head = available(r, ahead);
+    const uint8_t *table;
+
+    if (unlikely(head >= r->size))
+        return;
+    table = memory_near(r->blk->memory, load_once(&r->desc[head].addr), 64);
+    if (table) {
+        __builtin_prefetch(table);
+        __builtin_prefetch(table + 63);
+    }
+}
+
+/* One chain ahead of the request in hand: while its data is copied, the next one's table and
+ * index bucket arrive. */
+static uint32_t take(struct ring *r, uint32_t count)
+{
+    struct chain *now = &r->blk->core->chain[0], *next = &r->blk->core->chain[1];
+    bool more = prepare(r, available(r, 0), now);
+    uint32_t done = 0;
+
+    while (more && r->inflight < r->size) {
+        struct chain *swap = next;
+        uint16_t head = now->head;
+
+        if (done + 2 < count)
+            fetch_ahead(r, 2);
+        more = done + 1 < count && prepare(r, available(r, 1), next);
+        record_take(r, head);
+        crash_point("take-before-run");
+        if (!blk_execute(r, now)) {
+            record_untake(r, head);
+            break;
+        }
+        r->requests++;
+        r->last_avail++;
+        done++;
+        next = now;
+        now = swap;
+    }
+    return done;
+}
+
 uint32_t ring_poll(struct ring *r, uint32_t budget)
 {
     uint16_t avail, waiting;
-    uint32_t done = 0;
 
     if (!r->running || (r->held && !epoch_room(&r->blk->core->group, r->held_blocks)))
         return 0;
@@ -476,18 +562,5 @@ uint32_t ring_poll(struct ring *r, uint32_t budget)
                    r->size);
         return 0;
     }
-    while (done < waiting && done < budget && r->inflight < r->size) {
-        uint16_t head = load_once(&r->avail->ring[r->last_avail % r->size]);
-
-        record_take(r, head);
-        crash_point("take-before-run");
-        if (!run_head(r, head)) {
-            if (r->held)
-                record_untake(r, head);
-            break;
-        }
-        r->last_avail++;
-        done++;
-    }
-    return done;
+    return take(r, waiting < budget ? waiting : budget);
 }

@@ -10,6 +10,7 @@
 #ifndef EPOCHD_RING_H
 #define EPOCHD_RING_H
 
+#include <linux/virtio_blk.h>
 #include <linux/virtio_ring.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -44,6 +45,8 @@ uint64_t inflight_queue_bytes(uint32_t queue_size);
 
 /* A request's buffers: what the device reads, then what it writes. */
 struct chain {
+    uint16_t head;
+    struct virtio_blk_outhdr header; /* copied once, if out_bytes has so many */
     struct span out[CHAIN_SPANS_MAX]; /* device-readable */
     struct span in[CHAIN_SPANS_MAX];  /* device-writable */
     uint32_t out_count, in_count;
@@ -72,6 +75,7 @@ struct ring {
     bool kicked;                  /* SET_VRING_KICK came: the ring is started */
     bool fresh;                   /* not yet run since it was started */
     bool enabled, running, broken, stopping;
+    bool to_publish;              /* in the reactor's list of rings that have news */
     bool held;                    /* the next request waits for room in the arena */
     uint64_t held_blocks;
     uint32_t inflight;            /* requests taken and not answered yet */

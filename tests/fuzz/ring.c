@@ -232,21 +232,24 @@ void __sanitizer_cov_load16(__int128 *at) { on_load(at, 16); }
 void *fuzz_memcpy(void *to, const void *from, size_t bytes)
 {
     int r = armed ? region_of(from, bytes) : -1;
-    const uint8_t *table;
     uint64_t offset;
 
     if (r < 0)
         return memcpy(to, from, bytes);
     armed = false;
-    table = (const uint8_t *)engine->reactor.chain.table;
     offset = (uint64_t)((const uint8_t *)from - region[r].host);
     mutate((uint32_t)r, offset, bytes);
     memcpy(to, from, bytes / 2);
     if (bytes > 1)
         mutate((uint32_t)r, offset + bytes / 2, bytes - bytes / 2);
     memcpy((uint8_t *)to + bytes / 2, (const uint8_t *)from + bytes / 2, bytes - bytes / 2);
-    if ((uint8_t *)to >= table && (uint8_t *)to < table + sizeof(engine->reactor.chain.table))
-        observe_table(to, bytes);
+    for (uint32_t i = 0; i < 2; i++) {
+        const struct chain *c = &engine->reactor.chain[i];
+
+        if ((uint8_t *)to >= (const uint8_t *)c->table &&
+            (uint8_t *)to < (const uint8_t *)c->table + sizeof(c->table))
+            observe_table(to, bytes);
+    }
     armed = true;
     return to;
 }
