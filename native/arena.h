@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "check.h"
+#include "copy.h"
 #include "format.h"
 
 #define SEGMENT_NONE UINT32_MAX
@@ -88,15 +89,30 @@ static inline struct frame_header *arena_frame_begin(const struct arena *a,
     return (struct frame_header *)(arena_segment(a, at->segment) + at->tail);
 }
 
-/* Publishes the frame at the cursor: a reader or a restarted agent that sees the new tail
- * sees the whole frame. */
-static inline arena_loc arena_frame_end(struct arena *a, struct arena_cursor *at)
+/* The frame at the cursor is whole; it is not shown to anybody yet. */
+static inline arena_loc arena_frame_close(struct arena_cursor *at, uint32_t payload_bytes)
 {
     arena_loc loc = arena_loc_of(at->segment, at->tail);
 
-    at->tail += frame_bytes(arena_frame(a, loc)->payload_bytes);
+    at->tail += frame_bytes(payload_bytes);
     check(at->tail <= SEGMENT_BYTES);
+    return loc;
+}
+
+/* Publishes the frames up to the cursor: a reader or a restarted agent that sees the new tail
+ * sees them whole. */
+static inline void arena_publish(struct arena *a, const struct arena_cursor *at)
+{
+    copy_fence();
     __atomic_store_n(&a->desc[at->segment].tail, at->tail, __ATOMIC_RELEASE);
+}
+
+/* Both, for a frame that was filled in its place. */
+static inline arena_loc arena_frame_end(struct arena *a, struct arena_cursor *at)
+{
+    arena_loc loc = arena_frame_close(at, arena_frame_begin(a, at)->payload_bytes);
+
+    arena_publish(a, at);
     return loc;
 }
 

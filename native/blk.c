@@ -223,7 +223,7 @@ static bool read_block(struct reading *g, uint64_t block, uint8_t want, struct s
         uint32_t first = (uint32_t)__builtin_ctz(want);
 
         span_write(to, direct ? direct : from + first * SECTOR_BYTES,
-                   (uint32_t)__builtin_popcount(want) * SECTOR_BYTES);
+                   mask_bytes(want));
         return flush_run(g);
     }
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {

@@ -133,6 +133,8 @@ static struct frame_header *begin(struct group *g, struct epoch *e, uint32_t pay
         uint32_t segment = arena_segment_take(&g->arena, e->id, SEGMENT_RAW);
 
         check(segment != SEGMENT_NONE); /* epoch_room() was asked */
+        if (e->raw.segment != SEGMENT_NONE)
+            arena_publish(&g->arena, &e->raw);
         segment_list_append(&g->arena, &e->raw_list, segment);
         e->raw = (struct arena_cursor){.segment = segment};
         group_pressure(g, false); /* told before a write has to wait */
@@ -140,19 +142,36 @@ static struct frame_header *begin(struct group *g, struct epoch *e, uint32_t pay
     return arena_frame_begin(&g->arena, &e->raw);
 }
 
-static arena_loc end(struct group *g, struct epoch *e, struct frame_header *h, uint32_t disk,
-                     uint64_t block, uint32_t blocks, uint8_t mask, uint32_t flags)
+/* The frame at the cursor, which has this header, is filled. */
+static inline arena_loc end(struct group *g, struct epoch *e, const struct frame_header *h)
 {
-    h->crc = 0;
-    h->seq = g->seq++;
-    h->block = block;
-    h->blocks = blocks;
-    h->disk = (uint8_t)disk;
-    h->mask = mask;
-    h->flags = (uint8_t)flags;
+    arena_loc loc;
+
     e->stored_bytes += frame_bytes(h->payload_bytes);
     crash_point("frame-before-tail");
-    return arena_frame_end(&g->arena, &e->raw);
+    loc = arena_frame_close(&e->raw, h->payload_bytes);
+    if (!g->batching)
+        arena_publish(&g->arena, &e->raw);
+    return loc;
+}
+
+void epoch_batch_begin(struct group *g)
+{
+    g->batching = true;
+}
+
+void epoch_batch_publish(struct group *g)
+{
+    const struct arena_cursor *at = &epoch_open(g)->raw;
+
+    if (at->segment != SEGMENT_NONE && g->arena.desc[at->segment].tail != at->tail)
+        arena_publish(&g->arena, at);
+}
+
+void epoch_batch_end(struct group *g)
+{
+    epoch_batch_publish(g);
+    g->batching = false;
 }
 
 /* All zero? Data rarely is, and then its first bytes tell. */
@@ -188,26 +207,47 @@ static int merge(struct group *g, struct epoch *e, const struct index_slot *s, u
     return 0;
 }
 
-/* The frame that begin() gave is filled but for its kind: zeroes are stored as nothing. */
-static inline void publish(struct group *g, struct epoch *e, struct frame_header *h,
-                           struct index_slot *s, uint32_t disk, uint64_t block, uint8_t mask)
+static inline struct frame_header header(struct group *g, uint32_t disk, uint64_t block,
+                                         uint8_t mask)
 {
-    uint32_t bytes = (uint32_t)__builtin_popcount(mask) * SECTOR_BYTES;
-    arena_loc loc;
+    return (struct frame_header){.kind = FRAME_RAW, .seq = g->seq++, .block = block, .blocks = 1,
+                                 .disk = (uint8_t)disk, .mask = mask,
+                                 .payload_bytes = mask_bytes(mask)};
+}
 
-    h->kind = FRAME_RAW;
-    h->payload_bytes = bytes;
-    if (unlikely(is_zero((const uint8_t *)(h + 1), bytes))) {
+/* Points the slot at the new frame. */
+static inline void repoint(struct epoch *e, struct index_slot *s, arena_loc loc, uint8_t mask)
+{
+    crash_point("frame-before-index");
+    e->logical_bytes += mask_bytes(mask) - mask_bytes(s->mask);
+    e->overwritten += s->mask != 0;
+    s->loc = loc;
+    s->mask = mask;
+}
+
+/* The payload is in its place, its header is not. Zeroes are stored as nothing. */
+static void finish(struct group *g, struct epoch *e, struct frame_header *at,
+                   struct frame_header *h, struct index_slot *s)
+{
+    if (is_zero((const uint8_t *)(at + 1), h->payload_bytes)) {
         h->kind = FRAME_ZERO;
         h->payload_bytes = 0;
         g->stats.zero_frames++;
     }
-    loc = end(g, e, h, disk, block, 1, mask, 0);
-    crash_point("frame-before-index");
-    e->logical_bytes += bytes - (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
-    e->overwritten += s->mask != 0;
-    s->loc = loc;
-    s->mask = mask;
+    *at = *h;
+    repoint(e, s, end(g, e, h), h->mask);
+}
+
+/* A whole block in one piece whose first bytes are not zero: what nearly every write is. */
+static inline bool may_stream(struct span_cursor *from)
+{
+    const uint8_t *at;
+    uint64_t first;
+
+    if (span_left(from, &at) < BLOCK_BYTES)
+        return false;
+    memcpy(&first, at, sizeof(first));
+    return first != 0; /* should they change now, zeroes are stored in full: no harm */
 }
 
 /* One whole block from the cursor into the open epoch. */
@@ -216,15 +256,25 @@ static inline int write_block(struct group *g, struct epoch *e, uint32_t disk, u
 {
     uint32_t faults = span_faults_now();
     struct index_slot *s = index_slot(&e->index, disk, block, g->expected_blocks);
-    struct frame_header *h;
+    struct frame_header *at, h;
+    uint64_t got;
+    bool streamed;
 
     if (unlikely(!s))
         return -ENOMEM;
-    h = begin(g, e, BLOCK_BYTES);
-    span_read(from, h + 1, BLOCK_BYTES);
+    at = begin(g, e, BLOCK_BYTES);
+    h = header(g, disk, block, MASK_FULL);
+    streamed = may_stream(from);
+    if (likely(streamed))
+        copy_frame((uint8_t *)at, &h, span_piece(from, BLOCK_BYTES, &got));
+    else
+        span_read(from, at + 1, BLOCK_BYTES);
     if (unlikely(span_faults_now() != faults))
         return -EFAULT; /* the guest's memory vanished under the copy: publish nothing */
-    publish(g, e, h, s, disk, block, MASK_FULL);
+    if (likely(streamed))
+        repoint(e, s, end(g, e, &h), MASK_FULL);
+    else
+        finish(g, e, at, &h, s);
     return 0;
 }
 
@@ -234,14 +284,15 @@ static int write_part(struct group *g, struct epoch *e, uint32_t disk, uint64_t 
 {
     uint32_t faults = span_faults_now();
     struct index_slot *s = index_slot(&e->index, disk, block, g->expected_blocks);
-    struct frame_header *h;
+    struct frame_header *at, h;
     uint8_t *payload, carried;
     int error = s ? merge(g, e, s, disk, block, mask, from, &carried) : -ENOMEM;
 
     if (unlikely(error))
         return error;
-    h = begin(g, e, BLOCK_BYTES);
-    payload = (uint8_t *)(h + 1);
+    at = begin(g, e, BLOCK_BYTES);
+    h = header(g, disk, block, carried);
+    payload = (uint8_t *)(at + 1);
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
         if (carried & 1u << i) {
             memcpy(payload, g->scratch + i * SECTOR_BYTES, SECTOR_BYTES);
@@ -249,7 +300,7 @@ static int write_part(struct group *g, struct epoch *e, uint32_t disk, uint64_t 
         }
     if (unlikely(span_faults_now() != faults))
         return -EFAULT;
-    publish(g, e, h, s, disk, block, carried);
+    finish(g, e, at, &h, s);
     return 0;
 }
 
@@ -287,7 +338,7 @@ int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cur
 static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
                        uint64_t blocks, uint32_t flags)
 {
-    struct frame_header *h;
+    struct frame_header *at;
     arena_loc loc;
     int error;
 
@@ -297,10 +348,11 @@ static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t
             return error;
         e->overwritten += SEGMENT_FRAMES_MIN; /* a guess: worth a look */
     }
-    h = begin(g, e, 0);
-    h->kind = FRAME_ZERO;
-    h->payload_bytes = 0;
-    loc = end(g, e, h, disk, block, (uint32_t)blocks, MASK_FULL, flags);
+    at = begin(g, e, 0);
+    *at = (struct frame_header){.kind = FRAME_ZERO, .seq = g->seq++, .block = block,
+                                .blocks = (uint32_t)blocks, .disk = (uint8_t)disk,
+                                .mask = MASK_FULL, .flags = (uint8_t)flags};
+    loc = end(g, e, at);
     g->stats.zero_frames++;
     if (blocks > ZERO_SLOTS_MAX)
         return 0;
@@ -309,7 +361,7 @@ static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t
 
         e->logical_bytes += BLOCK_BYTES;
         if (s) {
-            e->logical_bytes -= (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
+            e->logical_bytes -= mask_bytes(s->mask);
             e->overwritten++;
         }
         error = index_put(&e->index, disk, block + i, loc, MASK_FULL);
@@ -353,7 +405,7 @@ int frame_expand(const struct frame_header *h, uint8_t want, uint8_t *out, ZSTD_
                  uint8_t *scratch)
 {
     const uint8_t *payload = (const uint8_t *)(h + 1);
-    uint32_t bytes = (uint32_t)__builtin_popcount(h->mask) * SECTOR_BYTES;
+    uint32_t bytes = mask_bytes(h->mask);
 
     if (h->kind == FRAME_ZSTD) {
         bool whole = h->mask == MASK_FULL && want == MASK_FULL;
@@ -505,6 +557,6 @@ int epoch_reindex(struct group *g, struct epoch *e)
     }
     free(seen);
     while ((slot = index_next(&e->index, &at)))
-        e->logical_bytes += (uint32_t)__builtin_popcount(slot->mask) * SECTOR_BYTES;
+        e->logical_bytes += mask_bytes(slot->mask);
     return error;
 }

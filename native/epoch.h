@@ -71,6 +71,12 @@ static inline bool epoch_empty(const struct epoch *e)
 /* A request for the block comes next: gets what it will look up under way to the cache. */
 void epoch_expect(const struct group *g, uint32_t disk, uint64_t block);
 
+/* Between begin and end, frames are not shown one by one: publish shows all so far, and must
+ * come before any of their requests is answered. Nothing else may look at the arena then. */
+void epoch_batch_begin(struct group *g);
+void epoch_batch_publish(struct group *g);
+void epoch_batch_end(struct group *g);
+
 /* Is there room in the arena for a request that touches `blocks` blocks? */
 bool epoch_room(const struct group *g, uint64_t blocks);
 

@@ -19,6 +19,12 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the formats are littl
 #define MASK_FULL 0xffu            /* all eight sectors of a block */
 #define PAGE 4096u
 
+/* Bytes of the sectors that a mask names. */
+static inline uint32_t mask_bytes(uint8_t mask)
+{
+    return mask == MASK_FULL ? BLOCK_BYTES : (uint32_t)__builtin_popcount(mask) * SECTOR_BYTES;
+}
+
 /* ---- Frames: the unit in the arena, in the journal and on a wire ---------------------- */
 
 enum frame_kind {

@@ -44,6 +44,7 @@ struct group {
     uint64_t committed;         /* newest durable epoch */
     uint64_t applied;           /* newest epoch wholly in the images */
     uint64_t seq;               /* of the next frame */
+    bool batching;              /* see epoch_batch_begin() */
     uint64_t expected_blocks;   /* size hint for the next epoch's index */
     uint64_t now_ns;            /* CLOCK_MONOTONIC, as of this round */
     ZSTD_DCtx *expand;

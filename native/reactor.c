@@ -218,12 +218,14 @@ static bool poll_rings(struct reactor *r)
 {
     uint32_t done = 0;
 
+    epoch_batch_begin(&r->group);
     /* A ring that breaks leaves the list: walk it from the end. */
     for (uint32_t i = r->running_count; i-- > 0;) {
         if (i >= r->running_count)
             continue;
         done += ring_poll(r->running[i], POLL_BUDGET);
     }
+    epoch_batch_end(&r->group);
     return done > 0;
 }
 

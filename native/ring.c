@@ -306,6 +306,7 @@ void ring_publish(struct ring *r)
 {
     if (r->published == r->used_idx || !r->used)
         return;
+    epoch_batch_publish(&r->blk->core->group);
     __atomic_store_n(&r->used->idx, r->used_idx, __ATOMIC_RELEASE);
     r->published = r->used_idx;
     log_used(r, 2, 2);

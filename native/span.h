@@ -42,6 +42,18 @@ static inline uint64_t span_bytes(const struct span *span, uint32_t count)
     return bytes;
 }
 
+/* Bytes that follow in one piece, and where they are. */
+static inline uint64_t span_left(struct span_cursor *c, const uint8_t **at)
+{
+    while (c->at < c->count && c->offset == c->span[c->at].bytes) {
+        c->at++;
+        c->offset = 0;
+    }
+    check(c->at < c->count);
+    *at = c->span[c->at].ptr + c->offset;
+    return c->span[c->at].bytes - c->offset;
+}
+
 /* The next contiguous piece, at most `bytes` long; advances. The caller never asks for more
  * than span_bytes() in total. */
 static inline uint8_t *span_piece(struct span_cursor *c, uint64_t bytes, uint64_t *got)

@@ -1,12 +1,12 @@
 /* hotpath.c - the reactor's round on rings in plain memory, with nothing else around it.
  *
- *     hotpath write|read|direct [REQUESTS] [DEPTH]
+ *     hotpath write|read|direct [REQUESTS] [DEPTH] [BATCHES]
  *
  * One thread, a disk in memory, no helper: what is counted is what a request costs the
  * reactor. `measured()` is all of it, so that callgrind can collect inside of it only.
  * write: 4 KiB random writes, indirect tables, as a Linux driver sends them; direct: the
  * same with chained descriptors; read: of blocks that a write put into the arena before.
- * Prints nanoseconds a request, best of five batches; counts do not depend on the machine's load.
+ * Prints nanoseconds a request, best batch of five; counts do not depend on the machine's load.
  */
 #include <fcntl.h>
 #include <linux/virtio_blk.h>
@@ -184,18 +184,19 @@ int main(int argc, char **argv)
     const char *what = argc > 1 ? argv[1] : "write";
     uint64_t requests = argc > 2 ? strtoull(argv[2], NULL, 0) : 20000;
     uint32_t depth = argc > 3 ? (uint32_t)strtoul(argv[3], NULL, 0) : 32;
+    uint32_t batches = argc > 4 ? (uint32_t)strtoul(argv[4], NULL, 0) : BATCHES;
     bool read = strcmp(what, "read") == 0;
     double best = 1e9;
 
     chained = strcmp(what, "direct") == 0;
     if (depth == 0 || depth > QUEUE_SIZE / 3 || (!read && !chained && strcmp(what, "write"))) {
-        fprintf(stderr, "usage: hotpath write|read|direct [REQUESTS] [DEPTH up to %u]\n",
+        fprintf(stderr, "usage: hotpath write|read|direct [REQUESTS] [DEPTH up to %u] [BATCHES]\n",
                 QUEUE_SIZE / 3);
         return 2;
     }
     open_engine(((requests + 8192) * (PAGE + 32) + (64u << 20)) & ~(uint64_t)(SEGMENT_BYTES - 1));
     start_ring();
-    for (uint32_t n = 0; n < BATCHES; n++) {
+    for (uint32_t n = 0; n < batches; n++) {
         uint64_t start;
 
         chance = 88172645463325252ull;

@@ -94,18 +94,16 @@ static void count_list(const struct group *g, const struct segment_list *l, uint
 
 static void check_index(const struct group *g, const struct epoch *e)
 {
-    for (uint64_t b = 0; b < e->index.buckets; b++)
-        for (uint32_t i = 0; i < e->index.bucket[b].count; i++) {
-            const struct index_slot *s = &e->index.bucket[b].slot[i];
+    struct index_cursor at = {0};
+    const struct index_slot *s;
 
-            if (s->mask && (arena_loc_segment(s->loc) >= g->arena.segments ||
-                            s->disk >= g->config.disks))
-                finding("an index entry of disk %u at place %#x", s->disk, s->loc);
-            if (s->mask && s->disk < g->config.disks &&
-                index_slot_block(s) * BLOCK_BYTES >= g->config.disk[s->disk].size_bytes)
-                finding("an index entry for block %llu, behind the end of disk %u",
-                        (unsigned long long)index_slot_block(s), s->disk);
-        }
+    while ((s = index_next(&e->index, &at))) {
+        if (arena_loc_segment(s->loc) >= g->arena.segments || s->disk >= g->config.disks)
+            finding("an index entry of disk %u at place %#x", s->disk, s->loc);
+        if (index_slot_block(s) * BLOCK_BYTES >= g->config.disk[s->disk].size_bytes)
+            finding("an index entry for block %llu, behind the end of disk %u",
+                    (unsigned long long)index_slot_block(s), s->disk);
+    }
 }
 
 static void check_group(const struct group *g)

@@ -1,0 +1,46 @@
+/* copy.c - see copy.h. */
+#include "copy.h"
+
+#include <string.h>
+
+static void copy_plain(uint8_t *to, const struct frame_header *header, const uint8_t *from)
+{
+    memcpy(to, header, sizeof(*header));
+    memcpy(to + sizeof(*header), from, BLOCK_BYTES);
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+_Static_assert(FRAME_ALIGN == sizeof(__m256i), "a streaming store wants this alignment");
+_Static_assert(sizeof(struct frame_header) == sizeof(__m256i), "the header is one store");
+
+__attribute__((target("avx2")))
+static void copy_avx2(uint8_t *to, const struct frame_header *header, const uint8_t *from)
+{
+    _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)header));
+    to += sizeof(__m256i);
+    for (uint32_t i = 0; i < BLOCK_BYTES; i += 4 * sizeof(__m256i)) {
+        __m256i a = _mm256_loadu_si256((const __m256i *)(from + i));
+        __m256i b = _mm256_loadu_si256((const __m256i *)(from + i + 32));
+        __m256i c = _mm256_loadu_si256((const __m256i *)(from + i + 64));
+        __m256i d = _mm256_loadu_si256((const __m256i *)(from + i + 96));
+
+        _mm256_stream_si256((__m256i *)(to + i), a);
+        _mm256_stream_si256((__m256i *)(to + i + 32), b);
+        _mm256_stream_si256((__m256i *)(to + i + 64), c);
+        _mm256_stream_si256((__m256i *)(to + i + 96), d);
+    }
+}
+
+__attribute__((constructor))
+static void choose(void)
+{
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2"))
+        copy_frame = copy_avx2;
+}
+#endif
+
+void (*copy_frame)(uint8_t *to, const struct frame_header *header, const uint8_t *from) =
+    copy_plain;
