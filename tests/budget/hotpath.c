@@ -1,11 +1,12 @@
 /* hotpath.c - the reactor's round on rings in plain memory, with nothing else around it.
  *
- *     hotpath write|read|direct [REQUESTS] [DEPTH] [BATCHES]
+ *     hotpath write|read|direct [REQUESTS] [DEPTH] [BATCHES] [WASTE]
  *
  * One thread, a disk in memory, no helper: what is counted is what a request costs the
  * reactor. `measured()` is all of it, so that callgrind can collect inside of it only.
  * write: 4 KiB random writes, indirect tables, as a Linux driver sends them; direct: the
  * same with chained descriptors; read: of blocks that a write put into the arena before.
+ * WASTE instructions are added to each request, to see that the budget's test notices.
  * Prints nanoseconds a request, best batch of five; counts do not depend on the machine's load.
  */
 #include <fcntl.h>
@@ -70,8 +71,12 @@ static void submit(uint32_t i, uint64_t block)
     __atomic_store_n(&avail->idx, (uint16_t)(avail->idx + 1), __ATOMIC_RELEASE);
 }
 
+static uint64_t waste;             /* loop turns a round, two instructions each */
+
 __attribute__((noinline)) static void measured(void)
 {
+    for (uint64_t i = waste; i > 0; i--)
+        __asm__ volatile("");
     step(&engine->reactor);
 }
 
@@ -185,15 +190,17 @@ int main(int argc, char **argv)
     uint64_t requests = argc > 2 ? strtoull(argv[2], NULL, 0) : 20000;
     uint32_t depth = argc > 3 ? (uint32_t)strtoul(argv[3], NULL, 0) : 32;
     uint32_t batches = argc > 4 ? (uint32_t)strtoul(argv[4], NULL, 0) : BATCHES;
+    uint64_t wasted = argc > 5 ? strtoull(argv[5], NULL, 0) : 0;
     bool read = strcmp(what, "read") == 0;
     double best = 1e9;
 
     chained = strcmp(what, "direct") == 0;
     if (depth == 0 || depth > QUEUE_SIZE / 3 || (!read && !chained && strcmp(what, "write"))) {
-        fprintf(stderr, "usage: hotpath write|read|direct [REQUESTS] [DEPTH up to %u] [BATCHES]\n",
+        fprintf(stderr, "usage: hotpath write|read|direct [REQUESTS] [DEPTH up to %u] [BATCHES] [WASTE]\n",
                 QUEUE_SIZE / 3);
         return 2;
     }
+    waste = wasted * depth / 2;
     open_engine(((requests + 8192) * (PAGE + 32) + (64u << 20)) & ~(uint64_t)(SEGMENT_BYTES - 1));
     start_ring();
     for (uint32_t n = 0; n < batches; n++) {
