@@ -417,6 +417,7 @@ static void head_moved(struct group *g, int error)
     a->retry_ns = 0;
     crash_point("apply-before-free");
     g->applied = a->last;
+    __atomic_store_n(&g->arena.header->applied, a->last, __ATOMIC_RELEASE);
     g->journal.free_lsn = g->journal.head_lsn;
     g->journal.pending_first = (g->journal.pending_first + 1) % CORE_EPOCHS_MAX;
     g->journal.pending_count--;

@@ -30,7 +30,7 @@ static void answer(struct group *g, core_event *event)
     if (!c->first)
         c->last = NULL;
     free(v);
-    c->voiding = c->saving = c->io_over = false;
+    c->voiding = c->saving = c->saved_once = c->io_over = false;
     c->io_error = 0;
     c->drop_first = c->drop_last = 0;
     group_emit(g, event);
@@ -399,7 +399,7 @@ static bool promote_verb(struct group *g)
     }
     if (!c->io_over)
         return false;
-    if (c->io_error) {
+    if (c->io_error && !c->saved_once) {
         g->mode = CORE_STANDBY;
         g->generation--;
         wake_waiters(g); /* of the moment in between */
@@ -407,6 +407,17 @@ static bool promote_verb(struct group *g)
                      "command once the cause is gone", strerror(-c->io_error));
         return true;
     }
+    if (!c->saved_once) {
+        /* Once more, in another slot: should the first become unreadable, the superblock
+         * before it would make this agent a standby again without a word. */
+        c->saved_once = true;
+        c->io_over = false;
+        journal_super_save(g, 0, head_io_over);
+        return true;
+    }
+    if (c->io_error)
+        group_log(g, LOG_WARNING, "promote: the second copy of the superblock failed: %s; the "
+                  "first is durable", strerror(-c->io_error));
     answer_value(g, g->generation);
     return true;
 }

@@ -43,6 +43,7 @@ struct checkpoint {
     bool committing;          /* a commit was begun, by a verb or by active mode */
     int commit_error;         /* of the last one that ended */
     bool voiding, saving;     /* I/O of the verb at the head */
+    bool saved_once;          /* PROMOTE: its superblock is durable, the copy is not */
     bool io_over;
     int io_error;
     uint64_t drop_first, drop_last; /* PROMOTE and DISCARD: what was dropped */

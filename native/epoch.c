@@ -545,9 +545,12 @@ int epoch_reindex(struct group *g, struct epoch *e)
         error = collect(g, &e->kept_list, &seen, &count, &max);
     if (!error && count > 0) {
         qsort(seen, count, sizeof(*seen), by_seq);
+        if (seen[0].seq < g->seq) /* written before an older epoch's: not of this epoch */
+            error = -EILSEQ;
         if (seen[count - 1].seq >= g->seq && !mutant(MUTANT_FORGET_SEQ))
             g->seq = seen[count - 1].seq + 1;
-        error = index_reserve(&e->index, count);
+        if (!error)
+            error = index_reserve(&e->index, count);
     }
     for (uint64_t i = 0; i < count && !error; i++) {
         const struct frame_header *h = arena_frame(&g->arena, seen[i].loc);

@@ -41,6 +41,7 @@ struct epoch {
     uint64_t reclaim_mark;         /* `overwritten` when the last pass over kept_list began */
     uint32_t reclaim_left;         /* segments that this pass has still to look at */
     uint32_t jobs;                 /* helper jobs that use its segments or index */
+    bool adopted;                  /* its frames were in the arena at the start */
     bool frozen;                   /* no more packing: a commit or an apply reads it */
     bool dropped;
 };

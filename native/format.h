@@ -93,7 +93,9 @@ struct arena_header {
     struct {                /* the latest discards, to tell "dropped" from "committed" */
         uint64_t first, last;
     } discarded[ARENA_DISCARDED_MAX];
-    uint8_t reserved[PAGE - 96 - 16 * ARENA_DISCARDED_MAX];
+    uint64_t applied;       /* newest epoch whose segments were given back, its head being
+                               durable: a superblock that says less is not the newest */
+    uint8_t reserved[PAGE - 104 - 16 * ARENA_DISCARDED_MAX];
 };
 _Static_assert(sizeof(struct arena_header) == PAGE, "the header is page 0");
 _Static_assert(offsetof(struct arena_header, base) == 64, "no padding");

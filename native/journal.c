@@ -199,19 +199,23 @@ void journal_super_save(struct group *g, uint64_t epoch_limit,
 
 /* ---- Checksums of a commit's segments -------------------------------------------------- */
 
-/* Completes the frames' own checksums and folds the headers into the segment's. */
-static uint32_t segment_checksum(struct arena *a, uint32_t segment, uint32_t bytes)
+/* Completes the frames' own checksums and folds the headers into the segment's. False: a
+ * frame that an earlier agent left has changed since it got its checksum. */
+static bool segment_checksum(struct arena *a, struct commit_segment *s)
 {
-    uint32_t offset = 0, crc = 0;
+    uint32_t offset = 0;
     struct frame_header *h;
 
-    while ((h = arena_frame_next(a, segment, bytes, &offset))) {
+    s->crc = 0;
+    while ((h = arena_frame_next(a, s->segment, s->bytes, &offset))) {
         if (h->crc == 0)
             h->crc = frame_crc(h);
-        crc = checksum_crc32c(crc, h, sizeof(*h));
+        else if (s->verify && h->crc != frame_crc(h))
+            return false;
+        s->crc = checksum_crc32c(s->crc, h, sizeof(*h));
     }
-    check(offset == bytes);
-    return crc;
+    check(offset == s->bytes);
+    return true;
 }
 
 static void checksum_run(struct job *job, struct worker *w)
@@ -221,7 +225,7 @@ static void checksum_run(struct job *job, struct worker *w)
 
     (void)w;
     for (uint32_t i = c->checked; i < c->job_end; i++)
-        c->segment[i].crc = segment_checksum(&g->arena, c->segment[i].segment, c->segment[i].bytes);
+        c->damaged |= !segment_checksum(&g->arena, &c->segment[i]);
 }
 
 static void checksum_done(struct job *job)
@@ -229,6 +233,8 @@ static void checksum_done(struct job *job)
     struct group *g = job->owner;
     struct commit *c = &g->journal.commit;
 
+    if (c->damaged && !c->error)
+        c->error = -EILSEQ;
     c->checked = c->job_end;
     c->job_busy = false;
 }
@@ -284,7 +290,8 @@ static int add_segments(struct group *g, const struct epoch *e, const struct seg
             c->segments_max = max;
         }
         c->segment[c->segments++] =
-            (struct commit_segment){.segment = s, .bytes = bytes, .epoch = e->id};
+            (struct commit_segment){.segment = s, .bytes = bytes, .epoch = e->id,
+                                    .verify = e->adopted};
     }
     return 0;
 }
@@ -570,7 +577,7 @@ void journal_commit_begin(struct group *g, uint64_t last)
     c->last = last;
     c->error = 0;
     c->checked = c->written = c->busy = 0;
-    c->header_written = c->job_busy = false;
+    c->header_written = c->job_busy = c->damaged = false;
     c->start_ns = g->now_ns;
     c->phase = COMMIT_JOBS;
     mark(g, CORE_EPOCH_COMMITTING, true);

@@ -9,6 +9,7 @@
  * the epochs are sealed again and a repeat writes everything anew, since after a failed
  * flush nothing may be assumed written. What stands at the tail then may be a whole record
  * all the same: a discard has to void it first (journal_void()).
+ * -EILSEQ: a frame that was in the arena at the start does not fit its checksum.
  * docs: native/RECOVERY.md has the fault model and the recovery table.
  */
 #ifndef EPOCHD_JOURNAL_H
@@ -48,6 +49,7 @@ struct journal_sync {
 /* One segment of the commit in progress. */
 struct commit_segment {
     uint32_t segment, bytes, crc;
+    bool verify;                   /* frames that have a checksum must have the right one */
     uint64_t epoch;
     uint64_t lsn;
 };
@@ -71,6 +73,7 @@ struct commit {
     uint32_t written;              /* segments given to writes */
     uint32_t busy;                 /* writes in flight */
     bool header_written, job_busy;
+    bool damaged;                  /* the job's: a frame's checksum was wrong */
     uint32_t job_end;
     struct job job;
     uint8_t *header;               /* record_header and table */

@@ -29,6 +29,9 @@ struct recovery {
     uint64_t last_lsn;          /* of the newest record ... */
     uint64_t last_bytes;        /* ... 0: none */
     uint64_t torn_last;         /* its newest epoch */
+    uint32_t take_from;         /* no segment below is free */
+    uint32_t super_bad;         /* slots of superblocks that cannot be read */
+    uint64_t replaced_last;     /* newest epoch of which the arena had something else; 0: none */
     bool recommit;              /* acknowledged epochs that the journal has lost */
     char *text;
 };
@@ -95,6 +98,13 @@ static bool super_valid(const struct journal_super *s)
            s->head_lsn % PAGE == 0 && journal_ring_bytes(s->file_bytes) > 0;
 }
 
+static bool never_written(const uint8_t *page)
+{
+    return page[0] == 0 && memcmp(page, page + 1, PAGE - 1) == 0;
+}
+
+/* One that cannot be read may be newer than the newest that can: its head may be further on,
+ * ids may have been reserved in it, and "clean" of the older one may be over. */
 static int read_super(struct recovery *r)
 {
     struct journal *j = &r->g->journal;
@@ -103,9 +113,15 @@ static int read_super(struct recovery *r)
     for (uint32_t slot = 0; slot < JOURNAL_SUPER_SLOTS; slot++) {
         const struct journal_super *s = (const struct journal_super *)r->buffer;
 
-        if (transfer(r->g, DISK_READ, (uint64_t)slot * JOURNAL_SUPER_STRIDE, r->buffer, PAGE))
+        if (transfer(r->g, DISK_READ, (uint64_t)slot * JOURNAL_SUPER_STRIDE, r->buffer, PAGE)) {
+            r->super_bad++;
             continue;
-        if (super_valid(s) && (!found || s->super_seq > r->super.super_seq)) {
+        }
+        if (!super_valid(s)) {
+            r->super_bad += !never_written(r->buffer);
+            continue;
+        }
+        if (!found || s->super_seq > r->super.super_seq) {
             r->super = *s;
             found = true;
         }
@@ -119,6 +135,10 @@ static int read_super(struct recovery *r)
     j->super_seq = r->super.super_seq;
     j->head_lsn = j->free_lsn = j->tail_lsn = r->super.head_lsn;
     j->head_applied = r->super.applied;
+    if (r->super_bad) {
+        r->super.clean = 0;
+        r->super.epoch_limit += JOURNAL_EPOCH_STEP;
+    }
     j->epoch_limit = j->super_limit = r->epoch_limit = r->super.epoch_limit;
     r->g->mode = r->super.mode;
     r->g->generation = r->super.generation;
@@ -218,14 +238,48 @@ static bool frames_whole(const uint8_t *at, uint32_t bytes, uint32_t want, uint3
     return crc == want || mutant(MUTANT_SKIP_TABLE_CRC);
 }
 
-/* Reads the record's segments; into the arena when it is new. *whole: all checksums fit. */
-static int read_data(struct recovery *r, const struct record_header *h, bool *whole)
+/* Segments of the arena that hold the record's epochs, from `at` on; SEGMENT_NONE: no more. */
+static uint32_t segment_of_record(const struct arena *a, const struct record_header *h,
+                                  uint32_t at)
+{
+    for (; at < a->segments; at++) {
+        const struct segment_desc *d = &a->desc[at];
+
+        if (d->state != SEGMENT_FREE && d->tail > 0 && d->epoch >= h->epoch_first &&
+            d->epoch <= h->epoch_last)
+            return at;
+    }
+    return SEGMENT_NONE;
+}
+
+/* The lowest free one: a record's segments lie in the arena in the order of its table. */
+static uint32_t take_segment(struct recovery *r, uint64_t epoch)
+{
+    const struct arena *a = &r->g->arena;
+
+    for (; r->take_from < a->segments; r->take_from++)
+        if (a->desc[r->take_from].state == SEGMENT_FREE) {
+            a->desc[r->take_from] = (struct segment_desc){.epoch = epoch, .state = SEGMENT_PACKED};
+            return r->take_from++;
+        }
+    return SEGMENT_NONE;
+}
+
+/* Where the data of a record goes or what it is compared with. */
+enum data_use { DATA_COMPARE, DATA_INTO_ARENA };
+
+/* Reads the record's segments. *whole: all checksums fit. *same (COMPARE): the arena holds
+ * just that. */
+static int read_data(struct recovery *r, const struct record_header *h, enum data_use use,
+                     bool *whole, bool *same)
 {
     const struct record_segment *table = (const struct record_segment *)(h + 1);
     struct group *g = r->g;
     uint64_t lsn = h->lsn + h->header_bytes, blocks_max[CORE_DISKS_MAX];
+    uint32_t there = 0;
     int error;
 
+    *same = true;
     for (uint32_t i = 0; i < g->config.disks; i++)
         blocks_max[i] = (g->config.disk[i].size_bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
     *whole = false;
@@ -238,8 +292,8 @@ static int read_data(struct recovery *r, const struct record_header *h, bool *wh
             table[i].epoch < h->epoch_first || table[i].epoch > h->epoch_last ||
             lsn + padded > h->lsn + h->record_bytes)
             return 0;
-        if (r->fresh) {
-            segment = arena_segment_take(&g->arena, table[i].epoch, SEGMENT_PACKED);
+        if (use == DATA_INTO_ARENA) {
+            segment = take_segment(r, table[i].epoch);
             if (segment == SEGMENT_NONE)
                 return refuse(r, -ENOSPC, "arena: too small for the committed epochs in the "
                               "journal; start with --arena-size of at least %llu",
@@ -251,10 +305,19 @@ static int read_data(struct recovery *r, const struct record_header *h, bool *wh
             return error;
         if (!frames_whole(to, table[i].bytes, table[i].crc, g->config.disks, blocks_max))
             return 0; /* segments taken so far are given back by the caller */
-        if (segment != SEGMENT_NONE)
+        if (segment != SEGMENT_NONE) {
             g->arena.desc[segment].tail = table[i].bytes;
+        } else if (*same) {
+            there = segment_of_record(&g->arena, h, there);
+            *same = there != SEGMENT_NONE && g->arena.desc[there].epoch == table[i].epoch &&
+                    g->arena.desc[there].tail == table[i].bytes &&
+                    memcmp(arena_segment(&g->arena, there), to, table[i].bytes) == 0;
+            there++;
+        }
         lsn += padded;
     }
+    if (use == DATA_COMPARE && *same)
+        *same = segment_of_record(&g->arena, h, there) == SEGMENT_NONE;
     *whole = lsn == h->lsn + h->record_bytes;
     return 0;
 }
@@ -287,16 +350,67 @@ static int epochs_of_record(struct recovery *r, const struct record_header *h)
     return 0;
 }
 
-/* Segments of a record that turned out torn. */
 static void give_back(struct recovery *r, const struct record_header *h)
 {
     struct arena *a = &r->g->arena;
 
-    if (!r->fresh)
-        return;
     for (uint32_t i = 0; i < a->segments; i++)
-        if (a->desc[i].state != SEGMENT_FREE && a->desc[i].epoch >= h->epoch_first)
-            arena_segment_free(a, i);
+        if (a->desc[i].epoch >= h->epoch_first && a->desc[i].epoch <= h->epoch_last)
+            a->desc[i].state = SEGMENT_FREE;
+    r->take_from = 0;
+}
+
+/* The record's epochs in the arena, as the record has them. That one is right: it is whole and
+ * was acknowledged. Something else in the arena was changed from outside. */
+static int bring_in(struct recovery *r, const struct record_header *h, bool *whole)
+{
+    bool same;
+    int error;
+
+    if (r->fresh) {
+        error = read_data(r, h, DATA_INTO_ARENA, whole, &same);
+    } else {
+        error = read_data(r, h, DATA_COMPARE, whole, &same);
+        if (error || !*whole || same)
+            return error;
+        give_back(r, h);
+        error = read_data(r, h, DATA_INTO_ARENA, whole, &same);
+        r->replaced_last = h->epoch_last;
+    }
+    if (!error && !*whole)
+        give_back(r, h);
+    return error;
+}
+
+/* With the arena it is known what the images hold. When the superblock that says so is lost,
+ * the older one's head is at records whose epochs are gone from the arena, or half gone: they
+ * must not be applied from there again. */
+static int skip_applied(struct recovery *r)
+{
+    struct group *g = r->g;
+    struct journal *j = &g->journal;
+    uint64_t applied = g->arena.header->applied;
+
+    while (!r->fresh && g->applied < applied) {
+        struct record_header *h;
+        int error = read_header(r, j->head_lsn, &h);
+
+        if (error)
+            return error;
+        if (!h || h->epoch_last > applied) {
+            free(h);
+            return refuse(r, -EBADMSG, "journal: its newest superblock cannot be read: the images "
+                          "hold epoch %llu, and the way from %llu to there is overwritten; nothing "
+                          "was changed", (ull)applied, (ull)g->applied);
+        }
+        j->head_lsn += h->record_bytes;
+        j->head_applied = g->applied = g->committed = h->epoch_last;
+        if (h->epoch_limit > r->epoch_limit)
+            r->epoch_limit = h->epoch_limit;
+        free(h);
+    }
+    j->free_lsn = j->tail_lsn = j->head_lsn;
+    return 0;
 }
 
 static int read_records(struct recovery *r)
@@ -318,11 +432,10 @@ static int read_records(struct recovery *r)
             free(h);
             return 0;
         }
-        error = read_data(r, h, &whole);
+        error = bring_in(r, h, &whole);
         if (!error && whole)
             error = epochs_of_record(r, h);
         if (!error && !whole) {
-            give_back(r, h);
             r->torn_header = true;
             r->torn_last = h->epoch_last;
         }
@@ -451,6 +564,7 @@ static int adopt_segments(struct recovery *r)
             d->state = SEGMENT_FREE; /* discarded, applied, or just taken */
             continue;
         }
+        e->adopted = !r->fresh;
         segment_list_append(a, d->state == SEGMENT_RAW ? &e->raw_list : &e->kept_list, i);
     }
     arena_collect_free(a);
@@ -516,9 +630,9 @@ static int recover(struct recovery *r)
                          g->config.boot_id, &r->fresh, r->text);
     if (error)
         return error;
-    if (r->fresh)
-        arena_collect_free(&g->arena);
-    error = read_records(r);
+    error = skip_applied(r);
+    if (!error)
+        error = read_records(r);
     if (!error && r->fresh && !r->super.clean)
         error = search_behind_tail(r);
     if (!error)
@@ -548,6 +662,13 @@ static void tell(struct recovery *r)
         group_log(g, LOG_INFO, "reattached the arena: open epoch %llu, committed %llu, %llu of "
                   "%u segments used", (ull)epoch_open(g)->id, (ull)g->committed,
                   (ull)(g->arena.segments - g->arena.free_count), g->arena.segments);
+    if (r->super_bad)
+        group_log(g, LOG_WARNING, "journal: %u superblocks cannot be read; the newest of the "
+                  "others is used", r->super_bad);
+    if (r->replaced_last)
+        group_log(g, LOG_ERROR, "the arena did not hold the committed epochs up to %llu as the "
+                  "journal does: it was changed from outside; they were read from the journal",
+                  (ull)r->replaced_last);
     if (r->recommit)
         group_log(g, LOG_ERROR, "the journal has lost acknowledged epochs up to %llu; they are "
                   "in the arena still and are committed anew",
@@ -582,6 +703,7 @@ int group_open(struct group *g, const core_config *config, struct disk *disk, ch
         checkpoint_submit(g, &again);
     }
     crash_point("recover-before-arena");
+    g->arena.header->applied = g->applied;
     g->arena.header->committed = r.recommit ? g->arena.header->committed : g->committed;
     __atomic_store_n(&g->arena.header->magic, ARENA_MAGIC, __ATOMIC_RELEASE);
     tell(&r);
