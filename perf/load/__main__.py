@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -221,7 +221,7 @@ def _run(args: argparse.Namespace) -> int:
             result.errors += back.errors
             if back.failure:
                 result.ended, result.failure = back.ended, f"read back: {back.failure}"
-    result.options["command"] = sys.argv[1:]
+    result.options["command"] = args.command
     if args.json != "-":
         print(result.table())
     if args.json:
@@ -243,10 +243,11 @@ def _write(path: str, text: str) -> None:
         raise MissingError(f"--json {path}: {error.strerror}") from None
 
 
-def main() -> int:
-    """Run the command that sys.argv holds; returns the exit status."""
-    args = _parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments, or those of the process; returns the exit status.
+    SystemExit when they cannot be parsed."""
+    args = _parser().parse_args(words)
+    args.command = list(sys.argv[1:] if words is None else words)
     try:
         return _run(args)
     except UsageError as error:
@@ -262,4 +263,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

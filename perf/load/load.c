@@ -58,7 +58,7 @@ struct load {
     bool stop, aborted;          /* set by other threads */
     bool closing, broken, ramping;
     int stop_fd;
-    uint64_t now, begin, last_done, deadline, ramp_end;
+    uint64_t now, started, begin, last_done, deadline, ramp_end; /* begin: of counting */
     uint64_t interval_end, interval, interval_ticks, interval_at;
     uint64_t stuck_ticks;
     double ticks_per_due;        /* of one queue */
@@ -303,7 +303,7 @@ static uint64_t due(const load *l, const struct queue *q)
 {
     double turn = (double)q->due_count + (double)q->index / l->queue_count;
 
-    return l->begin + (uint64_t)(turn * l->ticks_per_due);
+    return l->started + (uint64_t)(turn * l->ticks_per_due);
 }
 
 /* Submits what may be; returns how many. */
@@ -444,12 +444,13 @@ static void loop(load *l, struct pollfd *fds)
 
     while (!lost(l)) {
         uint32_t moved = 0;
-        bool go = !l->closing && !asked_to_stop(l) && !too_bad(l);
+        bool go;
 
         if (l->work.rate > 0)
             advance(l, clock_ticks(&l->clock));
         for (uint32_t i = 0; i < l->queue_count; i++)
             moved += reap(l, &l->queue[i]);
+        go = !l->closing && !asked_to_stop(l) && !too_bad(l);
         if (go && !(l->work.lockstep && l->state.in_flight))
             for (uint32_t i = 0; i < l->queue_count; i++)
                 moved += submit(l, &l->queue[i]);
@@ -498,7 +499,7 @@ static void start_clock(load *l)
     l->ramp_end = now + clock_from_ns(&l->clock, w->ramp_ns);
     l->deadline = w->duration_ns ? l->ramp_end + clock_from_ns(&l->clock, w->duration_ns)
                                  : UINT64_MAX;
-    l->begin = l->last_done = l->now = now;
+    l->started = l->begin = l->last_done = l->now = now;
     l->interval = 0;
     l->interval_ticks = clock_from_ns(&l->clock, w->interval_ns);
     l->interval_end = l->ramping ? UINT64_MAX : now + l->interval_ticks;

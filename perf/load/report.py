@@ -36,18 +36,20 @@ class Counts:
     counters: Sequence[int]
 
     def minus(self, earlier: Counts) -> Counts:
-        """What came after `earlier`; of its minimum and maximum only buckets are known."""
+        """What came after `earlier`, from the counters alone: both may be glances during a run,
+        at which other figures are a little younger or older. Exact to the bucket."""
         counters = [b - a for a, b in zip(earlier.counters, self.counters, strict=True)]
         where = [index for index, count in enumerate(counters) if count]
         scale = new_histogram()
         low = scale.get_value_from_index(where[0]) if where else 0
         high = scale.get_value_from_index(where[-1]) if where else 0
+        ios = sum(counters)
         return Counts(
-            self.ios - earlier.ios,
-            self.bytes - earlier.bytes,
+            ios,
+            ios * self.bytes // self.ios if self.ios else 0,
             max(low, self.min_ns),
             min(int(scale.get_highest_equivalent_value(high)), self.max_ns),
-            self.sum_ns - earlier.sum_ns,
+            sum(counters[index] * int(scale.get_value_from_index(index)) for index in where),
             counters,
         )
 
