@@ -86,12 +86,16 @@ int arena_attach(struct arena *a, int fd, uint64_t bytes, const uint8_t group[16
     a->data = (uint8_t *)base + a->header->data_offset;
     a->free_stack = malloc(a->segments * sizeof(uint32_t));
     a->next = malloc(a->segments * sizeof(uint32_t));
-    if (!a->free_stack || !a->next) {
+    a->previous = malloc(a->segments * sizeof(uint32_t));
+    a->use = calloc(a->segments, sizeof(*a->use));
+    if (!a->free_stack || !a->next || !a->previous || !a->use) {
         arena_detach(a);
         return refuse(text, -ENOMEM, "no memory for the segment tables");
     }
-    for (uint32_t i = 0; i < a->segments; i++)
-        a->next[i] = SEGMENT_NONE;
+    for (uint32_t i = 0; i < a->segments; i++) {
+        a->next[i] = a->previous[i] = SEGMENT_NONE;
+        a->use[i].worn_at = UINT32_MAX;
+    }
     return 0;
 }
 
@@ -101,6 +105,8 @@ void arena_detach(struct arena *a)
         munmap(a->header, a->bytes);
     free(a->free_stack);
     free(a->next);
+    free(a->previous);
+    free(a->use);
     memset(a, 0, sizeof(*a));
 }
 
@@ -120,7 +126,8 @@ uint32_t arena_segment_take(struct arena *a, uint64_t epoch, enum segment_state 
     if (a->free_count == 0)
         return SEGMENT_NONE;
     segment = a->free_stack[--a->free_count];
-    a->next[segment] = SEGMENT_NONE;
+    a->next[segment] = a->previous[segment] = SEGMENT_NONE;
+    a->use[segment] = (struct segment_use){.worn_at = UINT32_MAX};
     a->desc[segment].epoch = epoch;
     a->desc[segment].tail = 0;
     __atomic_store_n(&a->desc[segment].state, state, __ATOMIC_RELEASE);

@@ -22,6 +22,14 @@
 /* A place in the arena: byte offset from segment 0, in units of FRAME_ALIGN. */
 typedef uint32_t arena_loc;
 
+/* Which of a segment's bytes still count. Private: recounted at each start. A frame that
+ * covers several blocks counts once for each slot, a zero range once and for ever. */
+struct segment_use {
+    uint32_t slots;         /* index slots that were pointed into it */
+    uint32_t dead;          /* of those, how many point elsewhere by now */
+    uint32_t worn_at;       /* `dead` at which pack_worn() has to look; UINT32_MAX: never */
+};
+
 struct arena {
     struct arena_header *header;
     struct segment_desc *desc;
@@ -30,7 +38,9 @@ struct arena {
     uint32_t segments;
     uint32_t free_count;
     uint32_t *free_stack;   /* free_count entries */
-    uint32_t *next;         /* per segment: next one of the same epoch, or SEGMENT_NONE */
+    uint32_t *next;         /* per segment: next one of the same list, or SEGMENT_NONE */
+    uint32_t *previous;     /* ... and the one before it */
+    struct segment_use *use; /* per segment */
 };
 
 /* Where the next frame goes. */

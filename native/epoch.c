@@ -23,6 +23,7 @@ void segment_list_append(struct arena *a, struct segment_list *l, uint32_t segme
         l->first = segment;
     else
         a->next[l->last] = segment;
+    a->previous[segment] = l->last;
     l->last = segment;
 }
 
@@ -30,11 +31,24 @@ uint32_t segment_list_pop(struct arena *a, struct segment_list *l)
 {
     uint32_t segment = l->first;
 
-    check(l->count > 0);
-    l->first = a->next[segment];
-    if (--l->count == 0)
-        segment_list_init(l);
+    segment_list_remove(a, l, segment);
     return segment;
+}
+
+void segment_list_remove(struct arena *a, struct segment_list *l, uint32_t segment)
+{
+    uint32_t next = a->next[segment], previous = a->previous[segment];
+
+    check(l->count > 0);
+    l->count--;
+    if (segment == l->first)
+        l->first = next;
+    else
+        a->next[previous] = next;
+    if (segment == l->last)
+        l->last = previous;
+    else
+        a->previous[next] = previous;
 }
 
 static void segment_list_free(struct arena *a, struct segment_list *l)
@@ -59,7 +73,9 @@ struct epoch *epoch_create(struct group *g, uint64_t id)
     e->packed.segment = SEGMENT_NONE;
     segment_list_init(&e->raw_list);
     segment_list_init(&e->kept_list);
+    segment_list_init(&e->worn_list);
     g->epoch[g->epochs++] = e;
+    pack_look(g);
     return e;
 }
 
@@ -67,6 +83,8 @@ static void destroy(struct group *g, struct epoch *e)
 {
     segment_list_free(&g->arena, &e->raw_list);
     segment_list_free(&g->arena, &e->kept_list);
+    segment_list_free(&g->arena, &e->worn_list);
+    pack_look(g);
     index_free(&e->index);
     free(e);
 }
@@ -137,6 +155,7 @@ static struct frame_header *begin(struct group *g, struct epoch *e, uint32_t pay
             arena_publish(&g->arena, &e->raw);
         segment_list_append(&g->arena, &e->raw_list, segment);
         e->raw = (struct arena_cursor){.segment = segment};
+        pack_look(g);
         group_pressure(g, false); /* told before a write has to wait */
     }
     return arena_frame_begin(&g->arena, &e->raw);
@@ -172,6 +191,53 @@ void epoch_batch_end(struct group *g)
 {
     epoch_batch_publish(g);
     g->batching = false;
+}
+
+/* A slot's frame is not the newest any more. */
+static void slot_dies(struct group *g, struct epoch *e, arena_loc old)
+{
+    uint32_t segment = arena_loc_segment(old);
+    struct segment_use *u = &g->arena.use[segment];
+
+    if (unlikely(++u->dead >= u->worn_at))
+        pack_worn(g, e, segment);
+}
+
+/* Points the slot at the new frame. */
+static inline void repoint(struct group *g, struct epoch *e, struct index_slot *s, arena_loc loc,
+                           uint8_t mask)
+{
+    arena_loc old = s->loc;
+    uint8_t had = s->mask;
+
+    crash_point("frame-before-index");
+    e->logical_bytes += (uint64_t)mask_bytes(mask) - mask_bytes(had);
+    s->loc = loc;
+    s->mask = mask;
+    g->arena.use[arena_loc_segment(loc)].slots++;
+    if (had)
+        slot_dies(g, e, old);
+}
+
+struct emptying {
+    struct group *g;
+    struct epoch *e;
+};
+
+static void slot_emptied(void *owner, const struct index_slot *s)
+{
+    struct emptying *m = owner;
+
+    m->e->logical_bytes -= mask_bytes(s->mask);
+    slot_dies(m->g, m->e, s->loc);
+}
+
+static int put_range(struct group *g, struct epoch *e, uint32_t disk, uint64_t first, uint64_t end,
+                     uint32_t flags)
+{
+    struct emptying m = {.g = g, .e = e};
+
+    return index_put_range(&e->index, disk, first, end, flags, slot_emptied, &m);
 }
 
 /* All zero? Data rarely is, and then its first bytes tell. */
@@ -215,15 +281,6 @@ static inline struct frame_header header(struct group *g, uint32_t disk, uint64_
                                  .payload_bytes = mask_bytes(mask)};
 }
 
-/* Points the slot at the new frame. */
-static inline void repoint(struct epoch *e, struct index_slot *s, arena_loc loc, uint8_t mask)
-{
-    crash_point("frame-before-index");
-    e->logical_bytes += mask_bytes(mask) - mask_bytes(s->mask);
-    e->overwritten += s->mask != 0;
-    s->loc = loc;
-    s->mask = mask;
-}
 
 /* The payload is in its place, its header is not. Zeroes are stored as nothing. */
 static void finish(struct group *g, struct epoch *e, struct frame_header *at,
@@ -235,7 +292,7 @@ static void finish(struct group *g, struct epoch *e, struct frame_header *at,
         g->stats.zero_frames++;
     }
     *at = *h;
-    repoint(e, s, end(g, e, h), h->mask);
+    repoint(g, e, s, end(g, e, h), h->mask);
 }
 
 /* A whole block in one piece whose first bytes are not zero: what nearly every write is. */
@@ -272,7 +329,7 @@ static inline int write_block(struct group *g, struct epoch *e, uint32_t disk, u
     if (unlikely(span_faults_now() != faults))
         return -EFAULT; /* the guest's memory vanished under the copy: publish nothing */
     if (likely(streamed))
-        repoint(e, s, end(g, e, &h), MASK_FULL);
+        repoint(g, e, s, end(g, e, &h), MASK_FULL);
     else
         finish(g, e, at, &h, s);
     return 0;
@@ -343,10 +400,9 @@ static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t
     int error;
 
     if (blocks > ZERO_SLOTS_MAX) {
-        error = index_put_range(&e->index, disk, block, block + blocks, flags);
+        error = put_range(g, e, disk, block, block + blocks, flags);
         if (error)
             return error;
-        e->overwritten += SEGMENT_FRAMES_MIN; /* a guess: worth a look */
     }
     at = begin(g, e, 0);
     *at = (struct frame_header){.kind = FRAME_ZERO, .seq = g->seq++, .block = block,
@@ -354,19 +410,16 @@ static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t
                                 .mask = MASK_FULL, .flags = (uint8_t)flags};
     loc = end(g, e, at);
     g->stats.zero_frames++;
-    if (blocks > ZERO_SLOTS_MAX)
+    if (blocks > ZERO_SLOTS_MAX) {
+        g->arena.use[arena_loc_segment(loc)].slots++; /* never dies */
         return 0;
+    }
     for (uint64_t i = 0; i < blocks; i++) {
-        struct index_slot *s = index_find(&e->index, disk, block + i);
+        struct index_slot *s = index_slot(&e->index, disk, block + i, g->expected_blocks);
 
-        e->logical_bytes += BLOCK_BYTES;
-        if (s) {
-            e->logical_bytes -= mask_bytes(s->mask);
-            e->overwritten++;
-        }
-        error = index_put(&e->index, disk, block + i, loc, MASK_FULL);
-        if (error)
-            return error;
+        if (!s)
+            return -ENOMEM;
+        repoint(g, e, s, loc, MASK_FULL);
     }
     return 0;
 }
@@ -521,21 +574,28 @@ static int collect(struct group *g, const struct segment_list *l, struct seen **
     return 0;
 }
 
-static int reindex_frame(struct epoch *e, const struct frame_header *h, arena_loc loc)
+static int reindex_frame(struct group *g, struct epoch *e, const struct frame_header *h,
+                         arena_loc loc)
 {
-    int error = 0;
 
-    if (h->kind == FRAME_ZERO && h->blocks > ZERO_SLOTS_MAX)
-        return index_put_range(&e->index, h->disk, h->block, h->block + h->blocks, h->flags);
-    for (uint32_t i = 0; i < h->blocks && !error; i++)
-        error = index_put(&e->index, h->disk, h->block + i, loc, h->mask);
-    return error;
+    if (h->kind == FRAME_ZERO && h->blocks > ZERO_SLOTS_MAX) {
+        g->arena.use[arena_loc_segment(loc)].slots++;
+        return put_range(g, e, h->disk, h->block, h->block + h->blocks, h->flags);
+    }
+    for (uint32_t i = 0; i < h->blocks; i++) {
+        struct index_slot *s = index_slot(&e->index, h->disk, h->block + i, 0);
+
+        if (!s)
+            return -ENOMEM;
+        e->logical_bytes += (uint32_t)__builtin_popcount(h->mask) * SECTOR_BYTES;
+        e->logical_bytes -= (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
+        repoint(g, e, s, loc, h->mask);
+    }
+    return 0;
 }
 
 int epoch_reindex(struct group *g, struct epoch *e)
 {
-    struct index_cursor at = {0};
-    const struct index_slot *slot;
     struct seen *seen = NULL;
     uint64_t count = 0, max = 0;
     int error;
@@ -556,10 +616,10 @@ int epoch_reindex(struct group *g, struct epoch *e)
         const struct frame_header *h = arena_frame(&g->arena, seen[i].loc);
 
         e->stored_bytes += frame_bytes(h->payload_bytes);
-        error = reindex_frame(e, h, seen[i].loc);
+        error = reindex_frame(g, e, h, seen[i].loc);
     }
     free(seen);
-    while ((slot = index_next(&e->index, &at)))
-        e->logical_bytes += mask_bytes(slot->mask);
+    if (!error && !e->frozen)
+        pack_recounted(g, e);
     return error;
 }

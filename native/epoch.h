@@ -23,7 +23,7 @@
 
 struct group;
 
-/* Segments of one epoch, in order of taking, linked by arena.next. */
+/* Segments of one epoch, linked by arena.next and arena.previous. */
 struct segment_list {
     uint32_t first, last, count;
 };
@@ -35,11 +35,9 @@ struct epoch {
     struct arena_cursor raw, packed;
     struct segment_list raw_list;  /* RAW, not looked at by the packer yet */
     struct segment_list kept_list; /* PACKED, and RAW ones that are not worth packing */
+    struct segment_list worn_list; /* of those, the ones that are half dead: see pack.h */
     uint64_t logical_bytes;        /* guest bytes that the index stands for, ranges aside */
     uint64_t stored_bytes;         /* of frames */
-    uint64_t overwritten;          /* frames of this epoch that are not the newest any more */
-    uint64_t reclaim_mark;         /* `overwritten` when the last pass over kept_list began */
-    uint32_t reclaim_left;         /* segments that this pass has still to look at */
     uint32_t jobs;                 /* helper jobs that use its segments or index */
     bool adopted;                  /* its frames were in the arena at the start */
     bool frozen;                   /* no more packing: a commit or an apply reads it */
@@ -54,6 +52,7 @@ struct epoch {
 void segment_list_init(struct segment_list *l);
 void segment_list_append(struct arena *a, struct segment_list *l, uint32_t segment);
 uint32_t segment_list_pop(struct arena *a, struct segment_list *l);
+void segment_list_remove(struct arena *a, struct segment_list *l, uint32_t segment);
 
 /* A new open epoch behind all others; NULL without memory. */
 struct epoch *epoch_create(struct group *g, uint64_t id);
@@ -64,9 +63,13 @@ void epoch_job_done(struct group *g, struct epoch *e);
 
 struct epoch *epoch_open(const struct group *g);
 struct epoch *epoch_by_id(const struct group *g, uint64_t id);
+static inline uint32_t epoch_segments(const struct epoch *e)
+{
+    return e->raw_list.count + e->kept_list.count + e->worn_list.count;
+}
 static inline bool epoch_empty(const struct epoch *e)
 {
-    return e->raw_list.count == 0 && e->kept_list.count == 0;
+    return epoch_segments(e) == 0;
 }
 
 /* A request for the block comes next: gets what it will look up under way to the cache. */

@@ -262,20 +262,30 @@ bool index_in_range(const struct index *x, uint32_t disk, uint64_t block)
     return i < x->ranges && x->range[i].disk == disk && x->range[i].first <= block;
 }
 
-static void empty_slots(struct index *x, uint32_t disk, uint64_t first, uint64_t end)
+typedef void emptied_fn(void *owner, const struct index_slot *s);
+
+static void empty_slot(struct index_slot *s, emptied_fn *emptied, void *owner)
+{
+    if (!s || !s->mask)
+        return;
+    emptied(owner, s);
+    s->mask = 0;
+}
+
+static void empty_slots(struct index *x, uint32_t disk, uint64_t first, uint64_t end,
+                        emptied_fn *emptied, void *owner)
 {
     struct index_cursor at = {0};
     struct index_slot *s;
 
     if (end - first < x->used / 2) {
         for (uint64_t block = first; block < end; block++)
-            if ((s = index_find(x, disk, block)))
-                s->mask = 0;
+            empty_slot(index_find(x, disk, block), emptied, owner);
         return;
     }
     while ((s = index_next(x, &at)))
         if (s->disk == disk && index_slot_block(s) >= first && index_slot_block(s) < end)
-            s->mask = 0;
+            empty_slot(s, emptied, owner);
 }
 
 static void range_insert(struct index *x, uint32_t at, struct index_range r)
@@ -285,7 +295,8 @@ static void range_insert(struct index *x, uint32_t at, struct index_range r)
     x->ranges++;
 }
 
-int index_put_range(struct index *x, uint32_t disk, uint64_t first, uint64_t end, uint32_t flags)
+int index_put_range(struct index *x, uint32_t disk, uint64_t first, uint64_t end, uint32_t flags,
+                    emptied_fn *emptied, void *owner)
 {
     struct index_range put = {.first = first, .end = end, .disk = disk, .flags = flags};
     uint32_t at, last;
@@ -298,7 +309,7 @@ int index_put_range(struct index *x, uint32_t disk, uint64_t first, uint64_t end
         x->range = more;
         x->ranges_max = max;
     }
-    empty_slots(x, disk, first, end);
+    empty_slots(x, disk, first, end, emptied, owner);
     at = range_position(x, disk, first);
     if (at < x->ranges && x->range[at].disk == disk && x->range[at].first < first) {
         struct index_range right = x->range[at];

@@ -124,8 +124,9 @@ struct index_cursor {
 };
 struct index_slot *index_next(const struct index *x, struct index_cursor *at);
 
-/* Blocks first..end-1 are zero from now on. */
-int index_put_range(struct index *x, uint32_t disk, uint64_t first, uint64_t end, uint32_t flags);
+/* Blocks first..end-1 are zero from now on; emptied() is told of each slot that was in use. */
+int index_put_range(struct index *x, uint32_t disk, uint64_t first, uint64_t end, uint32_t flags,
+                    void (*emptied)(void *owner, const struct index_slot *s), void *owner);
 
 bool index_in_range(const struct index *x, uint32_t disk, uint64_t block);
 

@@ -320,6 +320,8 @@ static int lay_out(struct group *g)
         error = add_segments(g, e, &e->raw_list);
         if (!error)
             error = add_segments(g, e, &e->kept_list);
+        if (!error)
+            error = add_segments(g, e, &e->worn_list);
     }
     if (error)
         return error;
@@ -560,6 +562,7 @@ static void mark(struct group *g, enum core_epoch_state state, bool frozen)
         if (e->id >= c->first && e->id <= c->last) {
             e->state = state;
             e->frozen = frozen;
+            pack_look(g);
         }
     }
 }

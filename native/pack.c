@@ -12,6 +12,7 @@
 
 int pack_init(struct group *g)
 {
+    segment_list_init(&g->pack.dead_list);
     g->pack.frame = calloc(PACK_FRAMES_MAX, sizeof(*g->pack.frame));
     return g->pack.frame ? 0 : -ENOMEM;
 }
@@ -62,7 +63,21 @@ static void pack_one(struct pack *p, struct worker *w, struct arena_cursor *at,
     to->crc = frame_crc(to);
     p->bytes_out += frame_bytes(to->payload_bytes);
     f->new = arena_frame_end(&p->group->arena, at);
-    f->moved = true;
+    f->block = to->block;
+    f->blocks = to->blocks;
+    f->disk = to->disk;
+}
+
+/* All frames of the source, dead or alive. */
+static void take_all(struct pack *p)
+{
+    const struct arena *a = &p->group->arena;
+    uint32_t tail = arena_tail(a, p->source), offset = 0, at = 0;
+
+    while (arena_frame_next(a, p->source, tail, &offset)) {
+        p->frame[p->frames++].old = arena_loc_of(p->source, at);
+        at = offset;
+    }
 }
 
 static void run(struct job *job, struct worker *w)
@@ -72,7 +87,11 @@ static void run(struct job *job, struct worker *w)
     struct timespec start, stop;
 
     clock_gettime(CLOCK_MONOTONIC, &start);
+    if (!p->gathered)
+        take_all(p);
     for (uint32_t i = 0; i < p->frames; i++) {
+        if (__atomic_load_n(&p->cancel, __ATOMIC_RELAXED))
+            break;
         pack_one(p, w, &at, &p->frame[i]);
         if (p->raw == PACK_PROBE && p->compressed == 0) {
             p->incompressible = true;
@@ -86,47 +105,79 @@ static void run(struct job *job, struct worker *w)
             (uint64_t)start.tv_nsec;
 }
 
-/* ---- On the reactor ------------------------------------------------------------------- */
+/* ---- What is dead ------------------------------------------------------------------------ */
+
+/* A kept segment that nothing is added to any more: from now on it may be worn. */
+static void watch(struct group *g, struct epoch *e, uint32_t segment)
+{
+    struct segment_use *u = &g->arena.use[segment];
+
+    u->worn_at = u->slots / 2 > 0 ? u->slots / 2 : 1;
+    if (u->dead >= u->worn_at || u->slots == 0)
+        pack_worn(g, e, segment);
+}
+
+void pack_worn(struct group *g, struct epoch *e, uint32_t segment)
+{
+    struct segment_use *u = &g->arena.use[segment];
+    bool worn = u->worn_at == u->slots && u->slots > 1;
+
+    if (u->dead < u->slots) {
+        segment_list_remove(&g->arena, &e->kept_list, segment);
+        segment_list_append(&g->arena, &e->worn_list, segment);
+        u->worn_at = u->slots;
+        pack_look(g);
+        return;
+    }
+    segment_list_remove(&g->arena, worn ? &e->worn_list : &e->kept_list, segment);
+    segment_list_append(&g->arena, &g->pack.dead_list, segment);
+    e->stored_bytes -= arena_tail(&g->arena, segment);
+    g->stats.dropped_frames += u->dead;
+}
+
+static void keep(struct group *g, struct epoch *e, uint32_t segment)
+{
+    segment_list_append(&g->arena, &e->kept_list, segment);
+    watch(g, e, segment);
+}
+
+void pack_recounted(struct group *g, struct epoch *e)
+{
+    struct segment_list l = e->kept_list;
+
+    segment_list_init(&e->kept_list);
+    while (l.count > 0)
+        keep(g, e, segment_list_pop(&g->arena, &l));
+}
+
+/* ---- After the job ----------------------------------------------------------------------- */
+
+static void finish(struct group *g, struct pack *p, struct epoch *e)
+{
+    if (!p->spare_used)
+        arena_segment_free(&g->arena, p->spare);
+    p->phase = PACK_IDLE;
+    pack_look(g);
+    epoch_job_done(g, e);
+}
 
 /* Nothing was gained: take the output back, keep the source as it is. */
 static void undo(struct group *g, struct pack *p, struct epoch *e)
 {
-    if (p->spare_used) {
+    if (p->spare_used)
         g->arena.desc[p->spare].tail = 0;
-        p->out = e->packed;
-    }
     if (e->packed.segment != SEGMENT_NONE)
         __atomic_store_n(&g->arena.desc[e->packed.segment].tail, e->packed.tail, __ATOMIC_RELEASE);
     p->spare_used = false;
-    segment_list_append(&g->arena, &e->kept_list, p->source);
-    g->stats.incompressible_frames += p->frames;
-}
-
-static void repoint(struct epoch *e, const struct pack_frame *f, const struct frame_header *h)
-{
-    if (h->blocks > ZERO_SLOTS_MAX)
-        return; /* a range, which has no place */
-    for (uint32_t i = 0; i < h->blocks; i++) {
-        struct index_slot *s = index_find(&e->index, h->disk, h->block + i);
-
-        if (s && s->loc == f->old)
-            s->loc = f->new;
+    if (p->incompressible) {
+        g->stats.incompressible_frames += p->frames;
+        keep(g, e, p->source);
+    } else if (p->reclaim) {
+        keep(g, e, p->source);
+    } else {
+        segment_list_append(&g->arena, &e->raw_list, p->source);
     }
-}
-
-static void adopt(struct group *g, struct pack *p, struct epoch *e)
-{
-    for (uint32_t i = 0; i < p->frames; i++)
-        repoint(e, &p->frame[i], arena_frame(&g->arena, p->frame[i].new));
-    if (p->spare_used)
-        segment_list_append(&g->arena, &e->kept_list, p->spare);
-    e->packed = p->out;
-    e->stored_bytes += p->bytes_out;
-    e->stored_bytes -= arena_tail(&g->arena, p->source);
-    crash_point("pack-before-free");
-    arena_segment_free(&g->arena, p->source);
-    g->stats.compressed_frames += p->compressed;
-    g->stats.incompressible_frames += p->raw;
+    finish(g, p, e);
 }
 
 static void done(struct job *job)
@@ -135,39 +186,115 @@ static void done(struct job *job)
     struct group *g = p->group;
     struct epoch *e = p->epoch;
 
-    p->busy = false;
     g->stats.compress_ns += p->ns;
-    if (p->incompressible)
+    if (p->incompressible || p->cancel || e->dropped) {
         undo(g, p, e);
-    else
-        adopt(g, p, e);
-    if (!p->spare_used)
-        arena_segment_free(&g->arena, p->spare);
-    epoch_job_done(g, e);
+        return;
+    }
+    if (p->spare_used)
+        segment_list_append(&g->arena, &e->kept_list, p->spare);
+    p->next = 0;
+    p->phase = PACK_ADOPT;
 }
 
-/* Frames of the source that the index still points at. */
-static void gather(struct group *g, struct pack *p, struct epoch *e)
+static void repoint(struct group *g, struct epoch *e, const struct pack_frame *f)
 {
-    uint32_t tail = arena_tail(&g->arena, p->source), offset = 0, at = 0;
-    struct frame_header *h;
+    struct segment_use *u = &g->arena.use[arena_loc_segment(f->new)];
 
-    p->frames = 0;
-    p->live_bytes = 0;
-    while ((h = arena_frame_next(&g->arena, p->source, tail, &offset))) {
-        arena_loc loc = arena_loc_of(p->source, at);
-        const struct index_slot *s = NULL;
-
-        if (h->blocks == 1)
-            s = index_find(&e->index, h->disk, h->block);
-        if (h->blocks > 1 || (s && s->mask && s->loc == loc)) {
-            p->frame[p->frames++] = (struct pack_frame){.old = loc};
-            p->live_bytes += offset - at;
-        } else {
-            p->dead++;
-        }
-        at = offset;
+    if (f->blocks > ZERO_SLOTS_MAX) {
+        u->slots++; /* a range, which has no place */
+        return;
     }
+    for (uint32_t i = 0; i < f->blocks; i++) {
+        struct index_slot *s = index_find(&e->index, f->disk, f->block + i);
+
+        if (s && s->mask && s->loc == f->old) {
+            s->loc = f->new;
+            u->slots++;
+        }
+    }
+}
+
+/* The source has no slots any more. */
+static void adopted(struct group *g, struct pack *p, struct epoch *e)
+{
+    uint32_t before = e->packed.segment;
+
+    e->packed = p->out;
+    if (p->spare_used && before != SEGMENT_NONE)
+        watch(g, e, before);
+    e->stored_bytes += p->bytes_out;
+    e->stored_bytes -= arena_tail(&g->arena, p->source);
+    crash_point("pack-before-free");
+    arena_segment_free(&g->arena, p->source);
+    g->stats.compressed_frames += p->compressed;
+    g->stats.incompressible_frames += p->raw;
+    finish(g, p, e);
+}
+
+static uint32_t piece_end(const struct pack *p)
+{
+    return p->frames - p->next < PACK_PIECE ? p->frames : p->next + PACK_PIECE;
+}
+
+static void adopt_piece(struct group *g, struct pack *p, struct epoch *e)
+{
+    uint32_t end = piece_end(p);
+
+    if (!e->dropped) {
+        for (uint32_t i = p->next; i < end; i++)
+            index_prefetch(&e->index, p->frame[i].disk, p->frame[i].block);
+        for (uint32_t i = p->next; i < end; i++)
+            repoint(g, e, &p->frame[i]);
+    }
+    p->next = end;
+    if (end == p->frames)
+        adopted(g, p, e);
+}
+
+/* ---- Before the job ---------------------------------------------------------------------- */
+
+static void start_job(struct group *g, struct pack *p)
+{
+    p->job = (struct job){.run = run, .done = done, .owner = p};
+    check(worker_submit(&g->worker, &p->job, false));
+    p->phase = PACK_JOB;
+}
+
+/* Is the index's newest frame of these blocks still this one? */
+static bool alive(const struct epoch *e, const struct frame_header *h, arena_loc loc)
+{
+    const struct index_slot *s;
+
+    if (h->blocks > 1)
+        return true;
+    s = index_find(&e->index, h->disk, h->block);
+    return s && s->mask && s->loc == loc;
+}
+
+/* The next frames of the source: those alive are taken. */
+static void gather_piece(struct group *g, struct pack *p, struct epoch *e)
+{
+    uint32_t tail = arena_tail(&g->arena, p->source), n = 0;
+    const struct frame_header *piece[PACK_PIECE], *h;
+
+    while (n < PACK_PIECE && (h = arena_frame_next(&g->arena, p->source, tail, &p->source_offset))) {
+        index_prefetch(&e->index, h->disk, h->block);
+        piece[n++] = h;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        arena_loc loc = arena_loc_of(
+            p->source, (uint32_t)((const uint8_t *)piece[i] - arena_segment(&g->arena, p->source)));
+
+        if (alive(e, piece[i], loc))
+            p->frame[p->frames++].old = loc;
+        else
+            g->stats.dropped_frames++;
+    }
+    if (n == PACK_PIECE && p->source_offset < tail)
+        return;
+    p->gathered = true;
+    start_job(g, p);
 }
 
 #define RECLAIM_PERCENT 75u
@@ -176,85 +303,89 @@ static bool may_pack(const struct group *g, const struct epoch *e)
 {
     uint32_t lag = 0;
 
-    if (e->frozen || e->raw_list.count == 0)
-        return false;
     if (e->state == CORE_EPOCH_OPEN)
         lag = group_pressure_percent(g) < 25 ? PACK_LAG : 1;
     return e->raw_list.count > lag;
 }
 
-/* Under pressure a pass over the kept segments begins when it can gain something. */
-static bool may_reclaim(const struct group *g, struct epoch *e)
+static bool may_reclaim(const struct group *g, const struct epoch *e)
 {
-    if (e->frozen || e->kept_list.count == 0)
-        return false;
-    if (e->reclaim_left == 0 && group_pressure_percent(g) >= RECLAIM_PERCENT &&
-        e->overwritten - e->reclaim_mark >= SEGMENT_FRAMES_MIN) {
-        e->reclaim_left = e->kept_list.count;
-        e->reclaim_mark = e->overwritten;
-    }
-    return e->reclaim_left > 0;
+    return e->worn_list.count > 0 && group_pressure_percent(g) >= RECLAIM_PERCENT;
 }
 
-static void start_job(struct group *g, struct pack *p, struct epoch *e)
+static void begin(struct group *g, struct pack *p, struct epoch *e)
 {
-    p->job = (struct job){.run = run, .done = done, .owner = p};
+    p->group = g;
+    p->epoch = e;
     p->out = e->packed;
     p->spare = arena_segment_take(&g->arena, e->id, SEGMENT_PACKED);
-    p->spare_used = p->incompressible = false;
+    p->spare_used = p->incompressible = p->gathered = false;
     p->bytes_out = p->compressed = p->raw = p->ns = 0;
-    check(worker_submit(&g->worker, &p->job, false));
-    p->busy = true;
+    p->frames = p->source_offset = p->cancel = 0;
     e->jobs++;
 }
 
-/* The segment is out of its list: free it, copy it together, compress it or keep it. */
+/* The epoch's next segment: to be compressed, or worn and to be copied together. */
 static void take_source(struct group *g, struct pack *p, struct epoch *e)
 {
-    uint32_t tail = arena_tail(&g->arena, p->source);
+    const struct segment_use *u;
 
-    p->dead = 0;
-    if (p->source == e->packed.segment) { /* the output is not its own source */
-        segment_list_append(&g->arena, &e->kept_list, p->source);
+    p->reclaim = !may_pack(g, e);
+    p->copy_only = p->reclaim;
+    p->source = segment_list_pop(&g->arena, p->reclaim ? &e->worn_list : &e->raw_list);
+    if (p->source == e->raw.segment)
+        e->raw.segment = SEGMENT_NONE;
+    u = &g->arena.use[p->source];
+    if (!p->reclaim && (g->config.compress_level == 0 || u->dead == u->slots)) {
+        keep(g, e, p->source); /* and free it, when all is dead */
         return;
     }
-    gather(g, p, e);
-    if (p->frames == 0) {
-        e->stored_bytes -= tail;
-        arena_segment_free(&g->arena, p->source);
-    } else if (p->copy_only && p->live_bytes > tail / 2) {
-        segment_list_append(&g->arena, &e->kept_list, p->source);
-        return; /* its dead frames stay */
-    } else {
-        start_job(g, p, e);
+    g->arena.use[p->source].worn_at = UINT32_MAX;
+    begin(g, p, e);
+    p->phase = PACK_GATHER;
+    if (u->dead <= u->slots / 8) /* a few dead frames cost less than looking for them */
+        start_job(g, p);
+}
+
+static bool choose(struct group *g, struct pack *p)
+{
+    p->look = false;
+    for (uint32_t i = 0; i < g->epochs; i++) {
+        struct epoch *e = g->epoch[i];
+
+        if (e->frozen || (!may_pack(g, e) && !may_reclaim(g, e)))
+            continue;
+        p->look = true;
+        if (g->arena.free_count == 0 || g->worker.outstanding == WORKER_RING)
+            return false;
+        take_source(g, p, e);
+        return true;
     }
-    g->stats.dropped_frames += p->dead;
+    return false;
 }
 
 bool pack_step(struct group *g)
 {
     struct pack *p = &g->pack;
-    struct epoch *e = NULL;
 
-    if (p->busy || g->arena.free_count == 0 || g->worker.outstanding == WORKER_RING)
+    while (unlikely(p->dead_list.count > 0))
+        arena_segment_free(&g->arena, segment_list_pop(&g->arena, &p->dead_list));
+    switch (p->phase) {
+    case PACK_IDLE:
+        return p->look && choose(g, p);
+    case PACK_GATHER:
+        if (p->epoch->frozen || p->epoch->dropped)
+            undo(g, p, p->epoch);
+        else if (g->worker.outstanding < WORKER_RING)
+            gather_piece(g, p, p->epoch);
+        return true;
+    case PACK_JOB:
+        if (p->epoch->frozen)
+            __atomic_store_n(&p->cancel, 1, __ATOMIC_RELAXED);
         return false;
-    for (uint32_t i = 0; i < g->epochs && !e; i++)
-        if (may_pack(g, g->epoch[i]) || may_reclaim(g, g->epoch[i]))
-            e = g->epoch[i];
-    if (!e)
-        return false;
-    p->group = g;
-    p->epoch = e;
-    p->copy_only = g->config.compress_level == 0;
-    if (may_pack(g, e)) {
-        p->source = segment_list_pop(&g->arena, &e->raw_list);
-        if (p->source == e->raw.segment)
-            e->raw.segment = SEGMENT_NONE;
-    } else {
-        p->source = segment_list_pop(&g->arena, &e->kept_list);
-        p->copy_only = true;
-        e->reclaim_left--;
+    case PACK_ADOPT:
+        adopt_piece(g, p, p->epoch);
+        return true;
     }
-    take_source(g, p, e);
-    return true;
+    return false;
 }

@@ -125,7 +125,7 @@ static int64_t query_epochs(const struct reactor *r, core_epoch_info *out, uint3
         const struct epoch *e = g->epoch[n];
 
         out[n] = (core_epoch_info){.id = e->id, .state = e->state, .blocks = e->index.used,
-                                   .segments = e->raw_list.count + e->kept_list.count,
+                                   .segments = epoch_segments(e),
                                    .logical_bytes = e->logical_bytes,
                                    .stored_bytes = e->stored_bytes,
                                    .index_bytes = index_bytes(&e->index)};
@@ -244,8 +244,7 @@ static bool step(struct reactor *r)
 
     moved |= poll_rings(r);
     moved |= disk_reap(r->group.disk, false) > 0;
-    while (group_step(&r->group))
-        moved = true;
+    moved |= group_step(&r->group); /* one step, then requests again: none waits for long */
     for (uint32_t d = 0; d < r->group.config.disks; d++)
         while (blk_step(&r->blk[d]))
             moved = true;

@@ -118,8 +118,10 @@ static void check_group(const struct group *g)
                     (unsigned long long)g->epoch[i - 1]->id);
         count_list(g, &g->epoch[i]->raw_list, owners);
         count_list(g, &g->epoch[i]->kept_list, owners);
+        count_list(g, &g->epoch[i]->worn_list, owners);
         check_index(g, g->epoch[i]);
     }
+    count_list(g, &g->pack.dead_list, owners);
     for (uint32_t i = 0; i < g->arena.free_count; i++)
         owners[g->arena.free_stack[i]]++;
     for (uint32_t i = 0; i < HISTORY_SEGMENTS; i++)

@@ -5,6 +5,12 @@
 
 #define BYTES_A_BLOCK 24u
 
+static void emptied(void *owner, const struct index_slot *s)
+{
+    assert_true(s->mask != 0);
+    ++*(uint64_t *)owner;
+}
+
 static void a_million_blocks_are_found_again(void **state)
 {
     const uint64_t count = 1000000;
@@ -128,10 +134,14 @@ static void ranges_split_and_merge_like_an_array(void **state)
             } else {
                 uint64_t end = first + 1 + dice_below(&d, MODEL_BLOCKS - first);
                 uint32_t flags = (uint32_t)dice_below(&d, 2) * FRAME_UNMAP;
+                uint64_t gone = 0, slots = 0;
 
                 if (end - first > 40 && dice_below(&d, 4))
                     end = first + 40;
-                assert_int_equal(index_put_range(&x, disk, first, end, flags), 0);
+                for (uint64_t block = first; block < end; block++)
+                    slots += model[disk][block] == SLOT;
+                assert_int_equal(index_put_range(&x, disk, first, end, flags, emptied, &gone), 0);
+                assert_int_equal(gone, slots);
                 memset(&model[disk][first], flags ? RANGE_UNMAP : RANGE, end - first);
             }
             compare(&x, model);
@@ -144,11 +154,13 @@ static void ranges_split_and_merge_like_an_array(void **state)
 static void a_huge_range_empties_what_it_covers(void **state)
 {
     struct index x = {0};
+    uint64_t gone = 0;
 
     (void)state;
     for (uint64_t block = 0; block < 1000; block++)
         assert_int_equal(index_put(&x, block % 2, block << 30, 1, MASK_FULL), 0);
-    assert_int_equal(index_put_range(&x, 1, 0, 1ull << 40, 0), 0);
+    assert_int_equal(index_put_range(&x, 1, 0, 1ull << 40, 0, emptied, &gone), 0);
+    assert_int_equal(gone, 500);
     for (uint64_t block = 0; block < 1000; block++) {
         const struct index_slot *s = index_find(&x, block % 2, block << 30);
 
@@ -160,13 +172,15 @@ static void a_huge_range_empties_what_it_covers(void **state)
 static void growing_forgets_emptied_slots(void **state)
 {
     struct index x = {0};
+    uint64_t gone = 0;
 
     (void)state;
     for (uint64_t round = 0; round < 50; round++) {
         for (uint64_t block = 0; block < 1000; block++)
             assert_int_equal(index_put(&x, 0, round * 1000 + block, 1, MASK_FULL), 0);
-        assert_int_equal(index_put_range(&x, 0, 0, (round + 1) * 1000, 0), 0);
+        assert_int_equal(index_put_range(&x, 0, 0, (round + 1) * 1000, 0, emptied, &gone), 0);
     }
+    assert_int_equal(gone, 50 * 1000);
     assert_int_equal(x.ranges, 1);
     assert_true(index_bytes(&x) < 50 * 1000 * BYTES_A_BLOCK);
     index_free(&x);

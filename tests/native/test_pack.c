@@ -1,0 +1,220 @@
+/* The packer: what it counts is what the index says, it wakes for work only, and it never does
+ * much at once.
+ */
+#include "support.h"
+
+#define BLOCKS 2048u                /* of disk 0 */
+
+static uint8_t block_data[BLOCK_BYTES];
+
+static void write_block_of(struct bench *b, uint64_t block, uint64_t value)
+{
+    memset(block_data, (int)(value % 250 + 1), sizeof(block_data)); /* shrinks */
+    assert_int_equal(bench_write(b, 0, block * BLOCK_SECTORS, block_data, BLOCK_BYTES), 0);
+}
+
+static void write_random(struct bench *b, struct dice *d, uint64_t block)
+{
+    dice_fill(d, block_data, sizeof(block_data));
+    assert_int_equal(bench_write(b, 0, block * BLOCK_SECTORS, block_data, BLOCK_BYTES), 0);
+}
+
+/* Live slots of each segment, counted from the indexes. */
+static void counts_are_right(const struct group *g)
+{
+    uint32_t *slots = calloc(g->arena.segments, sizeof(*slots));
+
+    check(slots);
+    for (uint32_t i = 0; i < g->epochs; i++) {
+        struct index_cursor at = {0};
+        const struct index_slot *s;
+
+        while ((s = index_next(&g->epoch[i]->index, &at)))
+            slots[arena_loc_segment(s->loc)]++;
+    }
+    for (uint32_t i = 0; i < g->arena.segments; i++) {
+        const struct segment_use *u = &g->arena.use[i];
+
+        if (g->arena.desc[i].state != SEGMENT_FREE)
+            assert_int_equal(u->slots - u->dead, slots[i]);
+    }
+    free(slots);
+}
+
+static void counts_follow_the_index(void **state)
+{
+    struct bench *b = *state;
+    struct dice d = dice_new(__func__);
+
+    for (uint32_t turn = 0; turn < 20000; turn++) {
+        uint64_t block = dice_below(&d, BLOCKS), what = dice_below(&d, 100);
+
+        if (!epoch_room(b->group, EPOCH_ZERO_ROOM)) {
+            assert_int_equal(bench_verb(b, VERB_SEAL)->result, 0);
+            assert_int_equal(bench_verb(b, VERB_COMMIT)->result, 0);
+        }
+        if (what < 50)
+            write_block_of(b, block, turn);
+        else if (what < 80)
+            write_random(b, &d, block);
+        else if (what < 90)
+            group_step(b->group);
+        else if (what < 99)
+            assert_int_equal(epoch_zero(b->group, 0, block * BLOCK_SECTORS,
+                                        BLOCK_SECTORS * (1 + dice_below(&d, BLOCKS - block) %
+                                                                 ZERO_SLOTS_MAX), 0), 0);
+        else if (dice_below(&d, 4) == 0)
+            assert_int_equal(bench_verb(b, VERB_SEAL)->result, 0);
+        if (turn % 1000 == 0) {
+            bench_settle(b);
+            counts_are_right(b->group);
+        }
+        if (turn % 5000 == 4999) {
+            bench_kill(b);
+            assert_int_equal(bench_open(b), 0);
+            counts_are_right(b->group);
+        }
+    }
+}
+
+/* Without compression and far from pressure, too. */
+static void what_is_wholly_overwritten_is_freed(void **state)
+{
+    struct bench *b = *state;
+    struct group *g = b->group;
+    struct dice d = dice_new(__func__);
+    uint32_t used;
+
+    g->config.compress_level = 0;
+    for (uint32_t turn = 0; turn < 30; turn++)
+        for (uint64_t block = 0; block < BLOCKS / 4; block++) {
+            if (block % 64 == 0)
+                group_step(g);
+            write_random(b, &d, block);
+        }
+    bench_settle(b);
+    used = g->arena.segments - g->arena.free_count;
+    assert_true(used <= 2 * (BLOCKS / 4 / SEGMENT_FRAMES_MIN + 1) + PACK_LAG);
+    counts_are_right(g);
+}
+
+/* Half dead segments are copied together before the arena is full. */
+static void worn_segments_are_copied_under_pressure(void **state)
+{
+    struct bench *b = *state;
+    struct group *g = b->group;
+    struct dice d = dice_new(__func__);
+    uint64_t held = 0;
+
+    g->config.compress_level = 0;
+    for (uint32_t turn = 0; turn < 20 * BLOCKS; turn++) {
+        if (turn % 16 == 0)
+            bench_settle(b);
+        held += !epoch_room(g, 1);
+        write_random(b, &d, dice_below(&d, BLOCKS));
+    }
+    assert_int_equal(held, 0); /* 8 MiB of blocks in 16 MiB of arena */
+    counts_are_right(g);
+}
+
+/* Nothing new: a step that does nothing. */
+static void there_is_nothing_to_do_until_something_changes(void **state)
+{
+    struct bench *b = *state;
+    struct group *g = b->group;
+
+    for (uint64_t block = 0; block < 20 * SEGMENT_FRAMES_MIN + 1; block++)
+        write_block_of(b, block, block);
+    bench_settle(b);
+    assert_false(g->pack.look);
+    write_block_of(b, 0, 1);
+    assert_false(pack_step(g));
+    for (uint64_t block = 0; block < SEGMENT_FRAMES_MIN; block++)
+        write_block_of(b, block, block);
+    assert_true(g->pack.look);
+}
+
+/* A step moves a few frames; reads between two steps are right. */
+static void a_step_is_a_few_frames(void **state)
+{
+    struct bench *b = *state;
+    struct group *g = b->group;
+    uint8_t in[BLOCK_BYTES];
+    uint64_t steps = 0;
+
+    for (uint64_t block = 0; block < 4 * SEGMENT_FRAMES_MIN; block++)
+        write_block_of(b, block, block);
+    for (uint64_t block = 0; block < 4 * SEGMENT_FRAMES_MIN; block += 3)
+        write_block_of(b, block, block + 7);
+    assert_int_equal(bench_verb(b, VERB_SEAL)->result, 0);
+    write_block_of(b, 0, 0);
+    while (pack_step(g) || worker_reap(&g->worker) > 0) {
+        uint64_t block = 1 + steps++ * 5 % (4 * SEGMENT_FRAMES_MIN - 1);
+
+        bench_read(b, 0, block * BLOCK_SECTORS, in, sizeof(in));
+        memset(block_data, (int)((block % 3 ? block : block + 7) % 250 + 1), sizeof(block_data));
+        assert_memory_equal(in, block_data, sizeof(in));
+    }
+    assert_true(g->stats.compressed_frames > 0 || steps > 4 * SEGMENT_FRAMES_MIN / PACK_PIECE);
+}
+
+/* A commit does not wait until a segment is compressed. */
+static void a_commit_ends_packing_in_the_middle(void **state)
+{
+    struct bench *b = *state;
+    struct group *g = b->group;
+    uint8_t in[BLOCK_BYTES];
+    struct epoch *e = epoch_open(g);
+
+    for (uint64_t block = 0; block < 4 * SEGMENT_FRAMES_MIN; block++)
+        write_block_of(b, block, block);
+    for (uint64_t block = 0; block < SEGMENT_FRAMES_MIN; block += 2)
+        write_block_of(b, block, block);
+    assert_non_null(epoch_create(g, e->id + 1));
+    e->state = CORE_EPOCH_SEALED;
+    while (g->pack.phase != PACK_GATHER)
+        assert_true(pack_step(g) || worker_reap(&g->worker) > 0);
+    journal_commit_begin(g, e->id);
+    assert_true(pack_step(g));
+    assert_int_equal(g->pack.phase, PACK_IDLE);
+    assert_int_equal(e->jobs, 0);
+    counts_are_right(g);
+    for (uint64_t block = 0; block < 4 * SEGMENT_FRAMES_MIN; block++) {
+        bench_read(b, 0, block * BLOCK_SECTORS, in, sizeof(in));
+        memset(block_data, (int)(block % 250 + 1), sizeof(block_data));
+        assert_memory_equal(in, block_data, sizeof(in));
+    }
+}
+
+static int setup(void **state)
+{
+    struct bench *b = calloc(1, sizeof(*b));
+
+    check(b);
+    bench_start(b, BLOCKS * BLOCK_BYTES, 1u << 20, 1);
+    *state = b;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    bench_end(*state);
+    free(*state);
+    return 0;
+}
+
+#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        CASE(counts_follow_the_index),
+        CASE(what_is_wholly_overwritten_is_freed),
+        CASE(worn_segments_are_copied_under_pressure),
+        CASE(there_is_nothing_to_do_until_something_changes),
+        CASE(a_step_is_a_few_frames),
+        CASE(a_commit_ends_packing_in_the_middle),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
