@@ -1,8 +1,8 @@
 """Builds the fuzz targets, runs them for a time, and adds up: see tests/fuzz/run.
 
-Owns .build/fuzz (programs), .build/fuzz-daemon-* (the daemon with sanitizers) and
-.cache/fuzz (corpora that grow, findings). Exit status 0: no findings; 1: findings; 2: wrong
-arguments or a build that failed.
+Owns .build/fuzz and .build/fuzz-thread (programs), .build/fuzz-daemon-* (the daemon with
+sanitizers) and .cache/fuzz (corpora that grow, findings). Exit status 0: no findings; 1:
+findings; 2: wrong arguments or a build that failed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-BUILD = ROOT / ".build" / "fuzz"
+BUILD = {"address": ROOT / ".build" / "fuzz", "thread": ROOT / ".build" / "fuzz-thread"}
 CACHE = ROOT / ".cache" / "fuzz"
 
 IN_CORE = {"ring": ["seam"], "journal": ["seam", "history", "plain"],
@@ -27,7 +27,10 @@ IN_CORE = {"ring": ["seam"], "journal": ["seam", "history", "plain"],
 """libFuzzer targets and the other files in this folder that they are made of."""
 ON_DAEMON = ("vhost", "control")
 LENGTH = {"ring": 1024, "journal": 256, "arena": 256}
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+SANITIZERS = {
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "thread": "-fsanitize=thread",
+}
 GRACE_S = 60
 
 
@@ -69,21 +72,22 @@ def native_sources() -> list[str]:
     return re.findall(r"'(\w+)\.c'", found.group(1))
 
 
-def ninja_file() -> str:
+def ninja_file(kind: str) -> str:
     """Core with coverage, loads told to the target, and memcpy() and munmap() given to it."""
+    sanitizers = SANITIZERS[kind]
     libraries = checked(["pkg-config", "--libs", "liburing", "libzstd", "libisal"]).strip()
     flags = checked(["pkg-config", "--cflags", "liburing", "libzstd", "libisal"]).strip()
     flags += f" -g -O1 -std=gnu11 -D_GNU_SOURCE -I{ROOT}/native -fno-omit-frame-pointer -Wall"
-    core = (f"{flags} {SANITIZERS} -fsanitize=fuzzer-no-link -fsanitize-coverage=trace-loads "
+    core = (f"{flags} {sanitizers} -fsanitize=fuzzer-no-link -fsanitize-coverage=trace-loads "
             "-Dmemcpy=fuzz_memcpy -Dmunmap=fuzz_munmap")
     lines = [
         f"core_flags = {core}",
-        f"target_flags = {flags} -I{HERE} {SANITIZERS}",
+        f"target_flags = {flags} -I{HERE} {sanitizers}",
         "rule core", "  command = clang $core_flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d", "  deps = gcc", "  description = $in",
         "rule target", "  command = clang $target_flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d", "  deps = gcc", "  description = $in",
-        "rule link", f"  command = clang {SANITIZERS} -fsanitize=fuzzer $in {libraries} -lpthread "
+        "rule link", f"  command = clang {sanitizers} -fsanitize=fuzzer $in {libraries} -lpthread "
         "-o $out", "  description = $out",
     ]
     core_names = native_sources()
@@ -99,13 +103,14 @@ def ninja_file() -> str:
     return "\n".join(lines) + "\n"
 
 
-def build_core() -> None:
-    BUILD.mkdir(parents=True, exist_ok=True)
-    text = ninja_file()
-    file = BUILD / "build.ninja"
+def build_core(kind: str) -> None:
+    build = BUILD[kind]
+    build.mkdir(parents=True, exist_ok=True)
+    text = ninja_file(kind)
+    file = build / "build.ninja"
     if not file.exists() or file.read_text() != text:
         file.write_text(text)
-    checked([tool("ninja"), "-C", str(BUILD)])
+    checked([tool("ninja"), "-C", str(build)])
 
 
 def tool(name: str) -> str:
@@ -114,20 +119,21 @@ def tool(name: str) -> str:
     return str(beside) if beside.exists() else name
 
 
-def run_core(name: str, seconds: float, seed: int | None) -> Outcome:
+def run_core(name: str, seconds: float, seed: int | None, kind: str) -> Outcome:
     corpus = CACHE / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
     artifacts = CACHE / "findings"
     artifacts.mkdir(parents=True, exist_ok=True)
-    log = CACHE / f"{name}.log"
-    command = [str(BUILD / name), f"-max_total_time={max(1, round(seconds))}",
+    log = CACHE / f"{name}-{kind}.log"
+    command = [str(BUILD[kind] / name), f"-max_total_time={max(1, round(seconds))}",
                f"-max_len={LENGTH[name]}", "-len_control=0", "-timeout=25", "-print_final_stats=1",
                f"-artifact_prefix={artifacts}/{name}-", str(corpus)]
     kept = HERE / "corpus" / name
     command += [str(kept)] if kept.is_dir() else []
     command += [] if seed is None else [f"-seed={seed}"]
     options = {"ASAN_OPTIONS": "quarantine_size_mb=16:detect_leaks=1",
-               "UBSAN_OPTIONS": "print_stacktrace=1"}
+               "UBSAN_OPTIONS": "print_stacktrace=1",
+               "TSAN_OPTIONS": "halt_on_error=1"}
     began = time.monotonic()
     with log.open("wb") as output:
         status = subprocess.run(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
@@ -195,13 +201,13 @@ def main() -> int:
         fail(f"there is no target {unknown[0]!r}; there are {', '.join(known)}")
     targets = options.targets or known
     if set(targets) & set(IN_CORE):
-        build_core()
+        build_core(options.sanitize)
     outcomes = []
     for name in targets:
         share = options.seconds / len(targets)
         print(f"fuzz: {name} for {share:g} s", file=sys.stderr, flush=True)
         if name in IN_CORE:
-            outcomes.append(run_core(name, share, options.seed))
+            outcomes.append(run_core(name, share, options.seed, options.sanitize))
         else:
             outcomes.append(run_daemon(name, share, options.seed, options.sanitize))
     print(f"{'target':10} {'executions':>11} {'per second':>11} {'findings':>9}")
