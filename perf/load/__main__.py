@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     wait.add_argument("--poll", action="store_true", help="poll the used rings (default)")
     wait.add_argument("--eventfd", action="store_true", help="sleep and be called, as guests do")
     add("--lockstep", action="store_true", help="full batches, one after the other")
-    add("--hugepages", action="store_true", help="guest memory in huge pages")
+    add("--hugepages", action="store_true", help="guest memory in huge pages, as SPDK needs")
     add("--no-indirect", action="store_true", help="chain descriptors in the ring itself")
     add("--no-event-idx", action="store_true", help="suppress calls and kicks by flags")
     add("--ring-size", type=_count, help="entries a queue (default: 128, more if need be)")

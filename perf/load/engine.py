@@ -387,8 +387,11 @@ class Load:
 
     def _series(self, seconds: float) -> list[tuple[float, int]]:
         step = self._work.interval_s
-        count = min(int(seconds / step) + 1, int(self._native(self._work).intervals))
+        # One more than the division says: the loop counts in ticks.
+        count = min(int(seconds / step) + 2, int(self._native(self._work).intervals))
         done = ffi.unpack(lib.load_series(self._load), count)
+        while done and not done[-1]:
+            done.pop()
         return [(index * step, ios) for index, ios in enumerate(done)]
 
     def _phases(self, result: Result) -> list[tuple[str, float, dict[str, Counts]]]:
