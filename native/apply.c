@@ -382,6 +382,8 @@ static void sync_images(struct group *g)
     struct apply *a = &g->apply;
 
     a->phase = APPLY_SYNC;
+    a->sync_ns = g->now_ns;
+    metrics_add(&g->metrics, METRICS_APPLY_WRITE, a->sync_ns - a->start_ns, 1);
     crash_point("apply-before-sync");
     for (uint32_t i = 0; i < g->config.disks; i++) {
         if (g->config.disk[i].read_only || mutant(MUTANT_NO_IMAGE_SYNC))
@@ -425,6 +427,7 @@ static void head_moved(struct group *g, int error)
         epoch_drop(g, g->epoch[0]);
     g->stats.applies++;
     g->stats.apply_ns_last = g->now_ns - a->start_ns;
+    metrics_add(&g->metrics, METRICS_APPLY, g->stats.apply_ns_last, 1);
     g->error[0] = '\0';
     a->phase = APPLY_IDLE;
     group_emit(g, &event);
@@ -499,6 +502,7 @@ bool apply_step(struct group *g)
             give_up(g);
             return true;
         }
+        metrics_add(&g->metrics, METRICS_APPLY_FLUSH, g->now_ns - a->sync_ns, 1);
         j->head_lsn = j->pending[j->pending_first].lsn_end;
         j->head_applied = a->last;
         a->phase = APPLY_SUPER;

@@ -75,7 +75,7 @@ struct apply {
     int error;
     uint32_t error_disk;
     uint64_t retry_ns;           /* not before; 0: no wait */
-    uint64_t start_ns;
+    uint64_t start_ns, sync_ns;  /* when the record, and its flush, began */
     uint8_t *zeroes;             /* a staging buffer that stays zero */
 };
 

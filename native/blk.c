@@ -39,6 +39,8 @@ static void finish(struct blk *b, struct ring *r, uint16_t head, const struct sp
 {
     const struct span *last = &in[in_count - 1];
 
+    if (unlikely(b->core->group.metrics.tracing))
+        metrics_trace_end(&b->core->group.metrics, status);
     while (last->bytes == 0)
         last--;
     last->ptr[last->bytes - 1] = status;
@@ -62,7 +64,9 @@ static struct request *request_create(struct blk *b, struct ring *r, uint16_t he
         return NULL;
     *q = (struct request){.blk = b, .ring = r, .head = head, .status = VIRTIO_BLK_S_OK,
                           .parts = 1, .in_count = c->in_count, .next = b->requests,
-                          .link = &b->requests};
+                          .link = &b->requests, .fetched_ns = b->core->group.now_ns,
+                          .stage = METRICS_READ_MISS};
+    metrics_trace_wait(&b->core->group.metrics, &q->trace);
     memcpy(q->in, c->in, c->in_count * sizeof(struct span));
     if (b->requests)
         b->requests->link = &q->next;
@@ -82,6 +86,10 @@ static void request_free(struct request *q)
 
 static void request_finish(struct request *q)
 {
+    struct group *g = &q->blk->core->group;
+
+    metrics_add(&g->metrics, q->stage, g->now_ns - q->fetched_ns, 1);
+    metrics_trace_late(&g->metrics, &q->trace, q->status);
     /* A front end that went away is not written to. */
     if (q->ring->used && !q->unreachable)
         finish(q->blk, q->ring, q->head, q->in, q->in_count,
@@ -263,8 +271,10 @@ static uint8_t do_read(struct blk *b, struct ring *r, uint16_t head, const struc
         at = next;
     }
     good = good && flush_run(&g);
-    if (!g.q)
+    if (!g.q) {
+        metrics_answered(&b->core->group.metrics, METRICS_READ_HIT);
         return good ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
+    }
     g.q->in_bytes = bytes;
     if (!good)
         g.q->status = VIRTIO_BLK_S_IOERR;
@@ -295,6 +305,7 @@ static uint8_t answer_when_durable(struct blk *b, struct ring *r, uint16_t head,
     if (!q)
         return VIRTIO_BLK_S_IOERR;
     q->waiter.done = flushed;
+    q->stage = METRICS_FLUSH;
     if (checkpoint_flush(&b->core->group, &q->waiter)) {
         request_free(q);
         return VIRTIO_BLK_S_OK;
@@ -318,6 +329,7 @@ static bool room(struct blk *b, struct ring *r, uint64_t blocks)
 {
     if (likely(epoch_room(&b->core->group, blocks)))
         return true;
+    b->core->group.metrics.tracing = false; /* it is not taken */
     r->held = true;
     r->held_blocks = blocks;
     b->stats.held++;
@@ -335,6 +347,7 @@ static uint8_t do_write(struct blk *b, struct ring *r, uint16_t head, const stru
         return STATUS_HELD;
     skip(&from, header_bytes);
     b->stats.writes++;
+    metrics_answered(&b->core->group.metrics, METRICS_WRITE);
     b->stats.write_bytes += bytes;
     error = epoch_write(&b->core->group, b->disk, sector, &from, bytes);
     return written(b, r, head, c, error);
@@ -385,6 +398,7 @@ static uint8_t do_zero(struct blk *b, struct ring *r, uint16_t head, const struc
         if (seg.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
             flags = FRAME_UNMAP;
     }
+    metrics_answered(&b->core->group.metrics, METRICS_ZERO);
     error = epoch_zero(&b->core->group, b->disk, seg.sector, seg.num_sectors, flags);
     return written(b, r, head, c, error);
 }
@@ -463,11 +477,24 @@ void blk_expect(struct blk *b, struct chain *c)
     epoch_expect(&b->core->group, b->disk, c->header.sector / BLOCK_SECTORS);
 }
 
+__attribute__((noinline)) static void trace_begin(struct ring *r, const struct chain *c)
+{
+    struct group *g = &r->blk->core->group;
+    struct metrics_trace about = {.sector = c->header.sector, .type = (uint8_t)c->header.type,
+                                  .bytes = (uint32_t)(c->in_bytes + c->out_bytes),
+                                  .disk = (uint8_t)r->blk->disk, .queue = (uint8_t)r->index};
+
+    metrics_trace_begin(&g->metrics, g->now_ns, &about);
+}
+
 bool blk_execute(struct ring *r, const struct chain *c)
 {
     uint64_t data_bytes = 0;
-    uint8_t status = dispatch(r->blk, r, c, &data_bytes);
+    uint8_t status;
 
+    if (unlikely(metrics_trace_due(&r->blk->core->group.metrics)))
+        trace_begin(r, c);
+    status = dispatch(r->blk, r, c, &data_bytes);
     if (status == STATUS_HELD)
         return false;
     if (status != STATUS_PENDING)

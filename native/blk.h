@@ -17,6 +17,7 @@
 #include "core.h"
 #include "disk.h"
 #include "memory.h"
+#include "metrics.h"
 #include "ring.h"
 
 struct reactor;
@@ -39,6 +40,9 @@ struct request {
     uint32_t parts;                /* image reads in flight, plus one while they are started */
     uint32_t in_count;
     uint64_t in_bytes;
+    enum metrics_stage stage;      /* what its wait is counted as, from fetched_ns on */
+    uint64_t fetched_ns;
+    struct metrics_trace trace;    /* fetched_ns 0: not traced */
     struct span in[];              /* device-writable, status byte last */
 };
 

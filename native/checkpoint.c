@@ -150,6 +150,7 @@ static bool seal_verb(struct group *g)
     clock_gettime(CLOCK_MONOTONIC, &now);
     g->stats.seal_ns_last =
         (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec - v->arrived_ns;
+    metrics_add(&g->metrics, METRICS_SEAL, g->stats.seal_ns_last, 1);
     if (error)
         answer_error(g, error, "epoch %llu cannot be sealed: %s", (ull)id, strerror(-error));
     else

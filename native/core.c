@@ -223,6 +223,22 @@ int core_open(const core_config *config, core **out, char *text)
     return 0;
 }
 
+uint64_t core_metrics_bytes(void)
+{
+    return sizeof(struct metrics_page);
+}
+
+int core_metrics(core *c, int fd, const char *name, const char *control, char *text)
+{
+    struct group *g = &c->reactor.group;
+    int error = metrics_open(&g->metrics, fd, g->journal.group, name, control);
+
+    if (error)
+        snprintf(text, CORE_TEXT_MAX, "live view: cannot map its shared memory: %s",
+                 strerror(-error));
+    return error;
+}
+
 /* The ring has to be set up by the thread that uses it. */
 struct start {
     struct reactor *reactor;
@@ -371,6 +387,7 @@ void core_close(core *c)
         close(r->wake_fd);
     if (r->event_fd >= 0)
         close(r->event_fd);
+    metrics_close(&r->group.metrics);
     free(r->block);
     free(c);
 }

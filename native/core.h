@@ -167,6 +167,10 @@ int core_journal_format(const core_config *config, const uint8_t *group, char *t
 uint64_t core_journal_bytes_min(uint64_t arena_bytes);
 int core_open(const core_config *config, core **out, char *text);
 int core_start(core *c, char *text);
+/* Live view, before core_start(): core_metrics_bytes() bytes of shared memory, all zero, that
+ * hold a metrics_page (format.h) until core_close(). fd stays the caller's. */
+uint64_t core_metrics_bytes(void);
+int core_metrics(core *c, int fd, const char *name, const char *control, char *text);
 void core_stop(core *c, uint64_t token);
 int core_arena_idle(core *c);
 void core_close(core *c);

@@ -1,7 +1,7 @@
 /* format.h - every byte that outlives a function call.
  *
  * What lies in the arena (POSIX shared memory, survives the agent), in the journal (survives
- * the host) and in both: frames. Little-endian, as virtio 1 and x86-64/AArch64 are; a
+ * the host) and in both: frames; and the live view, which others read while the agent runs. Little-endian, as virtio 1 and x86-64/AArch64 are; a
  * big-endian host is refused at compile time. A field that changes meaning changes the
  * version beside its magic; readers refuse other versions.
  */
@@ -195,5 +195,124 @@ static inline uint32_t record_header_bytes(uint32_t segments)
     return (uint32_t)page_round_up(sizeof(struct record_header) +
                                    (uint64_t)segments * sizeof(struct record_segment));
 }
+
+/* ---- Live view: one POSIX shared-memory object -------------------------------------------- */
+
+/* What the agent is doing, for whoever may read the object (`epochctl top`): written by the
+ * reactor, never read by it, so nothing that happens to it can harm the agent. It lives from
+ * start to clean stop; a new start makes a new one. Times are CLOCK_MONOTONIC, in ns; counts
+ * are since the agent's start. Python reads these structs through cffi (build_ffi.py). */
+/* cdef-begin */
+#define METRICS_MAGIC 0x31434952544d5045 /* "EPMTRIC1" */
+#define METRICS_VERSION 1
+#define METRICS_SUB_BITS 4     /* buckets: 2^4 a power of two, so a value is known to 1/16 */
+#define METRICS_BUCKETS 592    /* values below 2^40 ns (18 minutes); longer ones in the last */
+#define METRICS_TRACES 4096
+#define METRICS_TRACE_EVERY 61 /* requests; a prime, so that no place in a batch is favoured */
+#define METRICS_DISKS 32
+#define METRICS_QUEUES 16
+#define METRICS_PATH 112
+
+enum metrics_stage {
+    METRICS_WRITE,             /* its round's begin -> copied and shown as used */
+    METRICS_READ_HIT,          /* the same of a read that the epochs could serve alone */
+    METRICS_ZERO,              /* the same of discards and write-zeroes */
+    METRICS_READ_MISS,         /* the same until the image has answered */
+    METRICS_FLUSH,             /* the same until durable, where the guest waits for that */
+    METRICS_REQUEST_WAIT,      /* traced requests that are answered at once: fetched -> begun */
+    METRICS_REQUEST_COPY,      /* ... -> data copied */
+    METRICS_REQUEST_PUBLISH,   /* ... -> the driver sees it as used */
+    METRICS_SEAL,              /* asked -> sealed */
+    METRICS_COMMIT_PREPARE,    /* begun -> laid out, and room in the journal */
+    METRICS_COMMIT_WRITE,      /* ... -> all writes of the record completed */
+    METRICS_COMMIT_FLUSH,      /* ... -> flushed */
+    METRICS_COMMIT,            /* begun -> durable */
+    METRICS_APPLY_WRITE,       /* begun -> all writes to the images completed */
+    METRICS_APPLY_FLUSH,       /* ... -> flushed */
+    METRICS_APPLY,             /* begun -> journal's head moved, arena freed */
+    METRICS_STAGES
+};
+
+/* Bucket i < 16 counts the value i; of the others, 16 share each power of two. Every word
+ * only grows, and is written whole: readers need no lock. */
+struct metrics_histogram {
+    uint64_t bucket[METRICS_BUCKETS];
+};
+
+/* One request. `number` is stored last: 0 while the rest changes, then 1, 2, ... as traced. */
+struct metrics_trace {
+    uint64_t number;
+    uint64_t fetched_ns;       /* begin of its round; the next three are what passed since */
+    uint32_t begun_ns;         /* those before it in the batch are copied */
+    uint32_t copied_ns;        /* a read that missed: its reads of the image have begun */
+    uint32_t published_ns;
+    uint32_t bytes;            /* of its buffers, header and status included */
+    uint64_t sector;
+    uint8_t disk;
+    uint8_t queue;
+    uint8_t type;              /* VIRTIO_BLK_T_... */
+    uint8_t status;            /* VIRTIO_BLK_S_... */
+    uint32_t waited;           /* 1: for the image, or for a flush */
+};
+
+struct metrics_queue {
+    uint64_t requests, kicks, calls;
+    uint32_t size;
+    uint32_t inflight;         /* taken and not answered: reads of the image, flushes */
+    uint32_t running, held;    /* held: the next write waits for room in the arena */
+};
+
+struct metrics_disk {
+    char name[32];
+    uint64_t reads, writes, flushes, discards, write_zeroes;
+    uint64_t read_bytes, write_bytes;
+    uint64_t errors, unsupported, rejected, held;
+    uint64_t connected;
+    struct metrics_queue queue[METRICS_QUEUES]; /* zeroes when it is not running */
+};
+
+/* One consistent picture: `version` is odd while it is being written. Made anew every few
+ * milliseconds, and before the reactor sleeps. */
+struct metrics_state {
+    uint64_t version;
+    uint64_t updated_ns;
+    uint64_t busy_ns;          /* spent in rounds of the reactor that did something */
+    uint64_t asleep_ns;        /* spent asleep; the rest is polling */
+    uint64_t batches;          /* rounds that answered requests at once; how many those were
+                                  is in the histograms */
+    uint64_t mode, generation, open, committed, applied, epochs;
+    uint64_t arena_bytes, arena_used, arena_percent;
+    uint64_t journal_bytes, journal_used;
+    uint64_t logical_bytes, stored_bytes, index_bytes; /* of the epochs alive */
+    uint64_t seals, commits, applies, discards;
+    uint64_t compressed_frames, incompressible_frames, zero_frames, dropped_frames;
+    uint64_t compress_ns, journal_written, image_written;
+    uint64_t disks;
+    char error[256];
+    struct metrics_disk disk[METRICS_DISKS];
+};
+
+struct metrics_page {
+    uint64_t magic;            /* stored last, when all before `sleeping` is right */
+    uint32_t version;
+    uint32_t pid;
+    uint64_t page_bytes;
+    uint64_t started_ns;
+    uint8_t group[16];
+    char name[32];             /* the group's */
+    char control[METRICS_PATH]; /* path of the control socket */
+    uint64_t sleeping;         /* 1: the reactor waits for an event, so nothing changes */
+    uint64_t traced;           /* traces begun; the newest are in trace[n % METRICS_TRACES] */
+    uint8_t reserved[304];     /* what changes with requests begins at a line of its own */
+    struct metrics_state state;
+    struct metrics_histogram stage[METRICS_STAGES];
+    struct metrics_trace trace[METRICS_TRACES];
+};
+/* cdef-end */
+_Static_assert(sizeof(struct metrics_trace) == 48, "no padding");
+_Static_assert(sizeof(struct metrics_queue) == 40, "no padding");
+_Static_assert(sizeof(struct metrics_disk) == 128 + METRICS_QUEUES * 40, "no padding");
+_Static_assert(offsetof(struct metrics_page, state) == 512, "no padding");
+_Static_assert(sizeof(struct metrics_histogram) == METRICS_BUCKETS * 8, "words only");
 
 #endif

@@ -19,6 +19,7 @@
 #include "disk.h"
 #include "epoch.h"
 #include "journal.h"
+#include "metrics.h"
 #include "pack.h"
 #include "worker.h"
 
@@ -55,6 +56,7 @@ struct group {
     struct pack pack;
     struct checkpoint checkpoint;
     struct group_stats stats;
+    struct metrics metrics;     /* opened and closed by the core */
     uint32_t pressure_told;     /* percent of the last ARENA_PRESSURE, 0 below all marks */
     char error[CORE_TEXT_MAX];  /* standing I/O error */
     void (*event)(void *owner, const core_event *event);

@@ -543,6 +543,7 @@ static void commit_sync(struct group *g)
     struct commit *c = &g->journal.commit;
 
     c->phase = COMMIT_SYNC;
+    c->sync_ns = g->now_ns;
     if (mutant(MUTANT_NO_COMMIT_SYNC)) {
         c->phase = COMMIT_FINISHED;
         return;
@@ -616,6 +617,7 @@ bool journal_step(struct group *g)
         if (!file_ready(g))
             return c->phase == COMMIT_FINISHED;
         c->phase = COMMIT_WRITE;
+        c->write_ns = g->now_ns;
         sync_prepare(g, &c->sync, commit_synced);
         return true;
     case COMMIT_WRITE:
@@ -664,6 +666,10 @@ int journal_commit_end(struct group *g)
     mark(g, CORE_EPOCH_COMMITTED, true);
     g->stats.commits++;
     g->stats.commit_ns_last = g->now_ns - c->start_ns;
+    metrics_add(&g->metrics, METRICS_COMMIT_PREPARE, c->write_ns - c->start_ns, 1);
+    metrics_add(&g->metrics, METRICS_COMMIT_WRITE, c->sync_ns - c->write_ns, 1);
+    metrics_add(&g->metrics, METRICS_COMMIT_FLUSH, g->now_ns - c->sync_ns, 1);
+    metrics_add(&g->metrics, METRICS_COMMIT, g->stats.commit_ns_last, 1);
     return 0;
 }
 

@@ -80,7 +80,7 @@ struct commit {
     uint64_t header_max;
     uint64_t record_bytes;
     int error;
-    uint64_t start_ns;
+    uint64_t start_ns, write_ns, sync_ns; /* when it began, and these phases of it */
     struct commit_write write[JOURNAL_WRITES_MAX];
     struct journal_sync sync;
 };

@@ -238,6 +238,19 @@ static void publish_rings(struct reactor *r)
     r->news_count = 0;
 }
 
+/* The only look at the clock. It ends the round before: all that it answered is shown to the
+ * drivers by now. */
+static void begin_round(struct reactor *r, bool moved)
+{
+    uint64_t now = now_ns();
+
+    if (moved)
+        metrics_round_over(&r->group.metrics, now - r->group.now_ns, now);
+    r->group.now_ns = now;
+    if (unlikely(now >= r->group.metrics.publish_ns))
+        metrics_publish(r);
+}
+
 static bool step(struct reactor *r)
 {
     bool moved = take_commands(r);
@@ -277,11 +290,14 @@ static void sleep_until_work(struct reactor *r)
         want_kicks(r, false);
         return;
     }
+    metrics_publish(r);
+    metrics_sleeping(&r->group.metrics, true);
     if (timer)
         timeout = timer > r->group.now_ns ? timer - r->group.now_ns : 1;
     if (r->polled_ring && (!timeout || timeout > SLEEP_POLLED_NS))
         timeout = SLEEP_POLLED_NS;
     disk_uring_sleep(r->uring, timeout);
+    metrics_sleeping(&r->group.metrics, false);
     want_kicks(r, false);
 }
 
@@ -304,17 +320,20 @@ void *reactor_main(void *arg)
 {
     struct reactor *r = arg;
     uint64_t spin_ns = (uint64_t)r->group.config.spin_us * 1000, last_work;
+    bool moved = false;
 
     prctl(PR_SET_NAME, "reactor");
     disk_uring_watch(r->uring, r->wake_fd, WAKE_TAG);
     last_work = now_ns();
     while (!r->exit) {
-        r->group.now_ns = now_ns();
-        if (step(r))
+        begin_round(r, moved);
+        moved = step(r);
+        if (moved)
             last_work = r->group.now_ns;
         else if (r->group.now_ns - last_work >= spin_ns) {
             sleep_until_work(r);
             last_work = now_ns();
+            r->group.metrics.asleep_ns += last_work - r->group.now_ns;
         }
     }
     settle(r);

@@ -77,6 +77,7 @@ __attribute__((noinline)) static void measured(void)
 {
     for (uint64_t i = waste; i > 0; i--)
         __asm__ volatile("");
+    begin_round(&engine->reactor, true);
     step(&engine->reactor);
 }
 
@@ -117,6 +118,16 @@ static void event(void *owner, const core_event *e)
     reactor_emit(owner, e);
 }
 
+static void open_metrics(struct reactor *r)
+{
+    int fd = memfd_create("metrics", 0);
+
+    if (ftruncate(fd, sizeof(struct metrics_page)) ||
+        metrics_open(&r->group.metrics, fd, r->group.journal.group, "group", "control"))
+        finding("cannot open the live view: %s", strerror(errno));
+    r->group.metrics.publish_ns = UINT64_MAX; /* pictures are due by the clock, not by requests */
+}
+
 static void open_engine(uint64_t arena_bytes)
 {
     static const uint8_t id[16] = {1};
@@ -152,6 +163,7 @@ static void open_engine(uint64_t arena_bytes)
         finding("cannot populate the arena: %s", strerror(errno));
     blk_init(&r->blk[0], r, 0);
     r->group.now_ns = 1;
+    open_metrics(r);
 }
 
 static void start_ring(void)
