@@ -52,7 +52,7 @@ def instructions(hotpath: Path, what: str, depth: int, waste: int = 0) -> float:
 
 
 def within(count: float, budget: float) -> bool:
-    return count <= budget * (1 + BUDGET["tolerance"])
+    return bool(count <= budget * (1 + BUDGET["tolerance"]))
 
 
 @pytest.mark.timeout(600)
