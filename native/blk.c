@@ -474,6 +474,9 @@ void blk_expect(struct blk *b, struct chain *c)
         memcpy(&c->header, c->out[0].ptr, sizeof(c->header));
     else
         span_read(&from, &c->header, sizeof(c->header));
+    if (c->out_count > 1) /* the data's first lines; the processor sees by itself what follows */
+        for (uint32_t i = 0; i < 4; i++)
+            __builtin_prefetch(c->out[1].ptr + 64 * i);
     epoch_expect(&b->core->group, b->disk, c->header.sector / BLOCK_SECTORS);
 }
 

@@ -476,6 +476,7 @@ static bool prepare(struct ring *r, uint16_t head, struct chain *c)
         ring_break(r, "request at descriptor %u has no byte for its status", head);
         return false;
     }
+    __builtin_prefetch(c->in[c->in_count - 1].ptr, 1); /* where the status goes */
     blk_expect(r->blk, c);
     return true;
 }
