@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from . import __version__, core, qmp
+from . import __version__, core, qmp, rejections
 from .config import Config
 from .port import Port
 from .qmp import QmpError
@@ -206,7 +206,8 @@ class Control:
             for name, value in asdict(self._core.disk(port.disk.index)).items():
                 if name not in ("queues", "size_bytes"):
                     sums[name] = sums.get(name, 0) + value
-        return {"group": _dashed(group), "disks": _dashed(sums)}
+        return {"group": _dashed(group), "disks": _dashed(sums),
+                "rejections": rejections.counts()}
 
 
 def _queue(number: int, info: core.QueueInfo) -> dict[str, object]:

@@ -11,7 +11,7 @@ import logging
 import socket
 from collections.abc import Callable
 
-from . import core
+from . import core, rejections
 from .listener import Listener
 from .vhost import Disk, Session
 
@@ -75,8 +75,11 @@ class Port:
                 await asyncio.sleep(0.1)
                 continue
             if self.session is not None and not self.session.has_hung_up():
-                log.warning("disk %s: a second front end was turned away; %s has the disk",
-                            self.disk.name, self.session.peer)
+                rejections.note(
+                    log, rejections.FRONT_ENDS,
+                    "disk %s: a second front end was turned away; %s has the disk",
+                    self.disk.name, self.session.peer,
+                )
                 sock.close()
                 continue
             if self._serving is not None:
@@ -93,8 +96,11 @@ class Port:
         self._on_client(self.disk, True)
         try:
             why = await session.run()
-            level = logging.INFO if why in ("hung up", "the agent stops") else logging.WARNING
-            log.log(level, "disk %s: front end disconnected: %s", self.disk.name, why)
+            text = "disk %s: front end disconnected: %s"
+            if why in ("hung up", "the agent stops"):
+                log.info(text, self.disk.name, why)
+            else:
+                rejections.note(log, rejections.FRONT_ENDS, text, self.disk.name, why)
         finally:
             self.session = None
             self._on_client(self.disk, False)

@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, rejections
 from .listener import Listener
 
 log = logging.getLogger("epochd.control")
@@ -35,6 +35,7 @@ log = logging.getLogger("epochd.control")
 MESSAGE_CHARS_MAX = 64 << 10
 OUTPUT_BYTES_MAX = 4 << 20
 COMMANDS_MAX = 64
+LOGGED_CHARACTERS = 300  # of a refusal: clients choose some of its words
 NESTING_MAX = 32
 CLOSE_SECONDS = 1.0
 
@@ -179,8 +180,9 @@ class Client(asyncio.Protocol):
         pid, uid, _ = _credentials(transport.get_extra_info("socket"))
         self.peer = f"process {pid} of user {uid}"
         if uid not in (0, os.geteuid()):
-            log.warning("control: %s turned away: only root and user %d may come in",
-                        self.peer, os.geteuid())
+            rejections.note(log, rejections.CONTROL_PEERS,
+                            "control: %s turned away: only root and user %d may come in",
+                            self.peer, os.geteuid())
             transport.abort()
             return
         self._transport = transport
@@ -210,7 +212,8 @@ class Client(asyncio.Protocol):
 
     def _drop(self, why: str) -> None:
         if self._transport is not None:
-            log.warning("control: %s disconnected: %s", self.peer, why)
+            rejections.note(log, rejections.CONTROL_CLIENTS, "control: %s disconnected: %s",
+                            self.peer, why)
             self._end = why
             self._transport.abort()
             self._transport = None
@@ -248,6 +251,8 @@ class Client(asyncio.Protocol):
         try:
             reply = {"return": await self._execute(message)}
         except QmpError as error:
+            rejections.note(log, rejections.CONTROL_COMMANDS, "control: %s: %s",
+                            self.peer, str(error).replace("\n", " ")[:LOGGED_CHARACTERS])
             reply = {"error": {"class": error.kind, "desc": str(error)}}
         except Exception as error:
             log.exception("control: bug in a command")

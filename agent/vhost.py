@@ -26,7 +26,7 @@ import struct
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from . import core
+from . import core, rejections
 from . import vhost_messages as wire
 from .vhost_channel import Channel, HungUp, ProtocolError, peer_name
 from .vhost_messages import Feature, Message, ProtocolFeature, Reply, Request
@@ -171,7 +171,8 @@ class Session:
         except (Refused, core.CoreError) as error:
             if not need_reply:
                 raise ProtocolError(f"{message.name}: {error}") from None
-            log.warning("disk %s: refused %s: %s", self.disk.name, message.name, error)
+            rejections.note(log, rejections.MESSAGES, "disk %s: refused %s of %s: %s",
+                            self.disk.name, message.name, self.peer, error)
             reply = Reply(wire.U64.pack(1))
         if reply is None and need_reply:
             reply = Reply(wire.U64.pack(0))
@@ -342,7 +343,8 @@ class Session:
     async def _get_config(self, message: Message) -> Reply:
         offset, size, flags = wire.CONFIG.unpack_from(message.payload)
         if size > wire.PAYLOAD_BYTES_MAX - wire.CONFIG.size:
-            log.warning("disk %s: GET_CONFIG of %d bytes refused", self.disk.name, size)
+            rejections.note(log, rejections.MESSAGES, "disk %s: GET_CONFIG of %d bytes refused",
+                            self.disk.name, size)
             return Reply(b"")  # the specification's way to say no
         data = self.disk.config_space[offset : offset + size].ljust(size, b"\0")
         return Reply(wire.CONFIG.pack(offset, size, flags) + data)
@@ -357,8 +359,9 @@ class Session:
         _, _, queues, queue_size = wire.INFLIGHT.unpack_from(message.payload)
         padding = bytes(len(message.payload) - wire.INFLIGHT.size)
         if not (0 < queues <= core.QUEUES_MAX and 0 < queue_size <= core.QUEUE_SIZE_MAX):
-            log.warning("disk %s: no in-flight region for %d queues of %d entries",
-                        self.disk.name, queues, queue_size)
+            rejections.note(log, rejections.MESSAGES,
+                            "disk %s: no in-flight region for %d queues of %d entries",
+                            self.disk.name, queues, queue_size)
             return Reply(wire.INFLIGHT.pack(0, 0, queues, queue_size) + padding)
         size = core.inflight_bytes(queues, queue_size)
         fd = os.memfd_create(f"epochd-inflight-{self.disk.name}", os.MFD_CLOEXEC)
