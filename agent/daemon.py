@@ -208,7 +208,7 @@ class Daemon:
         try:
             await group.core.stop()
         except core.CoreError as error:
-            raise RuntimeFailure("committed epochs are not all in the images", error) from None
+            raise RuntimeFailure("the stop was not clean", error) from None
         log.info("images are up to date (%.1f ms)", (time.monotonic() - begin) * 1e3)
         if not group.release_arena():
             log.info("uncommitted epochs stay in /dev/shm%s for the next start", group.arena.name)

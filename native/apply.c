@@ -399,7 +399,7 @@ static void give_up(struct group *g)
 {
     struct apply *a = &g->apply;
 
-    group_io_error(g, a->error_disk, a->error, "writing a committed epoch to the image");
+    group_io_error(g, TROUBLE_IMAGES, a->error_disk, a->error, "writing a committed epoch to the image");
     a->error = 0;
     a->retry_ns = g->now_ns + GROUP_RETRY_NS;
     a->phase = APPLY_IDLE;
@@ -411,7 +411,7 @@ static void head_moved(struct group *g, int error)
     core_event event = {.type = CORE_EVENT_APPLIED, .disk = CORE_NO_DISK, .value = a->last};
 
     if (error) { /* the images are right; only the superblock is asked for again */
-        group_io_error(g, CORE_NO_DISK, error, "moving the journal's head");
+        group_io_error(g, TROUBLE_SUPER, CORE_NO_DISK, error, "moving the journal's head");
         a->retry_ns = g->now_ns + GROUP_RETRY_NS;
         a->phase = APPLY_SUPER_RETRY;
         return;
@@ -428,7 +428,7 @@ static void head_moved(struct group *g, int error)
     g->stats.applies++;
     g->stats.apply_ns_last = g->now_ns - a->start_ns;
     metrics_add(&g->metrics, METRICS_APPLY, g->stats.apply_ns_last, 1);
-    g->error[0] = '\0';
+    group_io_works(g, TROUBLE_SUPER);
     a->phase = APPLY_IDLE;
     group_emit(g, &event);
     group_pressure(g, false);
@@ -503,6 +503,7 @@ bool apply_step(struct group *g)
             return true;
         }
         metrics_add(&g->metrics, METRICS_APPLY_FLUSH, g->now_ns - a->sync_ns, 1);
+        group_io_works(g, TROUBLE_IMAGES);
         j->head_lsn = j->pending[j->pending_first].lsn_end;
         j->head_applied = a->last;
         a->phase = APPLY_SUPER;

@@ -63,7 +63,9 @@ static void limit_saved(struct group *g, int error)
     g->checkpoint.limit_error = error;
     g->checkpoint.limit_retry_ns = error ? g->now_ns + GROUP_RETRY_NS : 0;
     if (error)
-        group_io_error(g, CORE_NO_DISK, error, "reserving epoch ids in the journal");
+        group_io_error(g, TROUBLE_SUPER, CORE_NO_DISK, error, "reserving epoch ids in the journal");
+    else
+        group_io_works(g, TROUBLE_SUPER);
 }
 
 /* May one more epoch be opened? Ids are reserved on disk before they are used. */
@@ -215,6 +217,12 @@ static bool commit_verb(struct group *g)
                      (ull)v->epoch, (ull)j->commit.record_bytes, (ull)j->ring_bytes);
         return true;
     }
+    if (v->started && c->commit_error == -EILSEQ) {
+        answer_error(g, -EILSEQ, "commit up to epoch %llu: data in the arena was changed from "
+                     "outside since an earlier start; nothing was committed, only epoch-discard "
+                     "helps", (ull)v->epoch);
+        return true;
+    }
     if (v->started && c->commit_error) {
         answer_error(g, c->commit_error, "commit up to epoch %llu: writing the journal failed: "
                      "%s; the epoch stays sealed, repeat the command once the cause is gone",
@@ -260,9 +268,12 @@ static void commit_over(struct group *g)
     c->commit_error = journal_commit_end(g);
     if (c->commit_error) {
         c->retry_ns = g->now_ns + GROUP_RETRY_NS;
-        group_io_error(g, CORE_NO_DISK, c->commit_error, "writing the journal");
+        group_io_error(g, TROUBLE_COMMIT, CORE_NO_DISK, c->commit_error,
+                       c->commit_error == -EILSEQ ? "committing: a frame was changed in the arena"
+                                                  : "writing the journal");
         return;
     }
+    group_io_works(g, TROUBLE_COMMIT);
     c->retry_ns = 0;
     event.value = g->committed;
     group_emit(g, &event);
@@ -492,7 +503,12 @@ static bool stop_verb(struct group *g)
         if (!c->io_over)
             return false;
         c->stopped = true;
-        answer_value(g, 0);
+        if (c->io_error)
+            answer_error(g, c->io_error, "stopped, with everything in the images; the journal's "
+                         "last superblock could not be written: %s; the next start goes on from "
+                         "the one before", strerror(-c->io_error));
+        else
+            answer_value(g, 0);
         return true;
     }
     if (c->committing)
@@ -506,8 +522,8 @@ static bool stop_verb(struct group *g)
         return false;
     if (stuck) {
         c->stopped = true;
-        answer_error(g, -EIO, "stopped with an error standing (%s): what is committed stays in "
-                     "the journal and is applied at the next start", g->error);
+        answer_error(g, -EIO, "stopped: what is committed but not in the images stays in arena "
+                     "and journal and is applied at the next start; standing: %s", g->error);
         return true;
     }
     if (all_empty(g) && !c->limit_busy) {
@@ -527,6 +543,7 @@ int checkpoint_submit(struct group *g, const struct verb *verb)
 {
     struct checkpoint *c = &g->checkpoint;
     struct verb *v = malloc(sizeof(*v));
+    struct verb **at = &c->first;
     bool only_commits = true;
 
     if (!v)
@@ -534,13 +551,15 @@ int checkpoint_submit(struct group *g, const struct verb *verb)
     *v = *verb;
     v->next = NULL;
     v->started = false;
-    for (const struct verb *i = c->first; i; i = i->next)
+    while (*at && (*at)->kind == VERB_SEAL)
+        at = &(*at)->next;
+    for (const struct verb *i = *at; i; i = i->next)
         only_commits &= i->kind == VERB_COMMIT;
-    if (v->kind == VERB_SEAL && only_commits && c->first) {
-        /* Overtakes: to the head, where it is carried out at once. A commit in progress
-         * has its epochs already and does not mind. */
-        v->next = c->first;
-        c->first = v;
+    if (v->kind == VERB_SEAL && only_commits && *at) {
+        /* Overtakes: to the head, behind other seals, where it is carried out at once. A
+         * commit in progress has its epochs already and does not mind. */
+        v->next = *at;
+        *at = v;
     } else if (c->last) {
         c->last->next = v;
         c->last = v;
@@ -563,6 +582,15 @@ void checkpoint_free(struct group *g)
     c->last = NULL;
 }
 
+/* The last superblock says that nothing comes behind it: so nothing may. */
+static bool refuse_stopped(struct group *g)
+{
+    if (!g->checkpoint.first)
+        return false;
+    answer_error(g, -ESHUTDOWN, "the agent has stopped; start it and repeat the command");
+    return true;
+}
+
 bool checkpoint_step(struct group *g)
 {
     struct checkpoint *c = &g->checkpoint;
@@ -572,6 +600,8 @@ bool checkpoint_step(struct group *g)
         commit_over(g);
         moved = true;
     }
+    if (c->stopped)
+        return refuse_stopped(g) || moved;
     if (!c->first)
         return commit_by_itself(g, false) || moved;
     switch (c->first->kind) {

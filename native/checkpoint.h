@@ -1,8 +1,8 @@
 /* checkpoint.h - the verbs: seal, commit, discard, promote, stop; and what active mode does
  * by itself.
  *
- * Verbs are carried out in order of arrival, one at a time; only a seal overtakes commits
- * that wait, because the VM's pause waits for it. Each verb is answered by one event with
+ * Verbs are carried out in order of arrival, one at a time; only seals overtake commits
+ * that wait, because the VM's pause waits for them. Each verb is answered by one event with
  * its token.
  *
  * Owner: the reactor thread. Errors: -EINVAL and -ENOENT for what was asked wrongly,
@@ -49,7 +49,7 @@ struct checkpoint {
     uint64_t drop_first, drop_last; /* PROMOTE and DISCARD: what was dropped */
     uint64_t retry_ns;        /* active mode, after a failed commit */
     struct flush_waiter *waiters;
-    bool stopped;
+    bool stopped;             /* for good: nothing is sealed or committed any more */
 };
 
 /* Takes the verb (copied). */

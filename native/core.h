@@ -33,6 +33,7 @@
 #define CORE_DISCARD_SECTORS_MAX 4194304 /* sectors a DISCARD or WRITE_ZEROES: 2 GiB */
 #define CORE_ARENA_BYTES_MIN 8388608
 #define CORE_TEXT_MAX 256
+#define CORE_ERROR_MAX 768      /* three sentences */
 #define CORE_NAME_MAX 32        /* disk name, NUL included */
 #define CORE_SERIAL_BYTES 20    /* VIRTIO_BLK_T_GET_ID */
 
@@ -99,7 +100,7 @@ typedef struct {
     uint64_t compress_ns;         /* helper time spent in zstd */
     uint64_t commit_ns_last, seal_ns_last, apply_ns_last;
     uint64_t journal_bytes_written, image_bytes_written;
-    char error[CORE_TEXT_MAX];    /* the standing journal or image error; "": none */
+    char error[CORE_ERROR_MAX];   /* what stands: commits, superblock, images; "": nothing */
 } core_status;
 
 typedef struct {

@@ -78,7 +78,28 @@ void group_log(struct group *g, int level, const char *format, ...)
     group_emit(g, &event);
 }
 
-void group_io_error(struct group *g, uint32_t disk, int error, const char *what)
+static void join_troubles(struct group *g)
+{
+    size_t at = 0;
+
+    g->error[0] = '\0';
+    for (uint32_t i = 0; i < TROUBLES; i++)
+        if (g->trouble[i][0])
+            at += (size_t)snprintf(g->error + at, sizeof(g->error) - at, "%s%s", at ? "; " : "",
+                                   g->trouble[i]);
+}
+
+void group_io_works(struct group *g, enum group_trouble kind)
+{
+    if (!g->trouble[kind][0])
+        return;
+    group_log(g, LOG_INFO, "works again: %.200s", g->trouble[kind]);
+    g->trouble[kind][0] = '\0';
+    join_troubles(g);
+}
+
+void group_io_error(struct group *g, enum group_trouble kind, uint32_t disk, int error,
+                    const char *what)
 {
     core_event event = {.type = CORE_EVENT_IO_ERROR, .disk = disk, .result = error};
 
@@ -87,7 +108,8 @@ void group_io_error(struct group *g, uint32_t disk, int error, const char *what)
                  g->config.disk[disk].name, strerror(-error));
     else
         snprintf(event.text, sizeof(event.text), "%s: %s", what, strerror(-error));
-    memcpy(g->error, event.text, sizeof(g->error));
+    memcpy(g->trouble[kind], event.text, sizeof(g->trouble[kind]));
+    join_troubles(g);
     group_emit(g, &event);
 }
 

@@ -27,6 +27,9 @@
 #define GROUP_RESERVED_SEGMENTS 2u
 #define GROUP_RETRY_NS 1000000000ull /* after an I/O error that nobody waits for */
 
+/* What fails, each until a success of its own kind. */
+enum group_trouble { TROUBLE_COMMIT, TROUBLE_SUPER, TROUBLE_IMAGES, TROUBLES };
+
 struct group_stats {
     uint64_t seals, commits, applies, discards;
     uint64_t compressed_frames, incompressible_frames, zero_frames, dropped_frames;
@@ -58,7 +61,8 @@ struct group {
     struct group_stats stats;
     struct metrics metrics;     /* opened and closed by the core */
     uint32_t pressure_told;     /* percent of the last ARENA_PRESSURE, 0 below all marks */
-    char error[CORE_TEXT_MAX];  /* standing I/O error */
+    char trouble[TROUBLES][CORE_TEXT_MAX]; /* standing I/O errors; "": none */
+    char error[CORE_ERROR_MAX]; /* all of them, for people */
     void (*event)(void *owner, const core_event *event);
     void *event_owner;
 };
@@ -78,7 +82,10 @@ uint64_t group_timer(const struct group *g);
 void group_emit(struct group *g, core_event *event);
 void group_log(struct group *g, int level, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
-void group_io_error(struct group *g, uint32_t disk, int error, const char *what);
+void group_io_error(struct group *g, enum group_trouble kind, uint32_t disk, int error,
+                    const char *what);
+/* A success: the error of that kind, if any, stands no more. */
+void group_io_works(struct group *g, enum group_trouble kind);
 
 /* Compares arena use with the marks and tells about a new one. */
 void group_pressure(struct group *g, bool held);

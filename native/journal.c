@@ -497,7 +497,7 @@ static int mend(struct group *g)
     struct journal *j = &g->journal;
     int error = -posix_fallocate(g->config.journal_fd, 0, (off_t)j->file_bytes);
 
-    group_io_error(g, CORE_NO_DISK, error ? error : -ENODATA,
+    group_io_error(g, TROUBLE_COMMIT, CORE_NO_DISK, error ? error : -ENODATA,
                    error ? "the journal's file was cut, allocating it anew"
                          : "the journal's file was cut and is allocated anew");
     for (uint32_t slot = 0; slot < JOURNAL_SUPER_SLOTS && !error; slot++) {

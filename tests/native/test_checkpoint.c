@@ -166,6 +166,63 @@ static void a_seal_overtakes_a_commit(void **state)
     assert_int_equal(bench_answer(b, commit)->value, 1);
 }
 
+static void seals_that_wait_for_ids_are_overtaken_by_no_commit(void **state)
+{
+    struct bench *b = *state;
+    const struct verb *first;
+    uint64_t commit, seal[2];
+
+    put(b, 1);
+    bench_verb(b, VERB_SEAL);
+    b->disk.hold = true;
+    b->group->journal.epoch_limit = 3; /* more are being reserved, which takes a write */
+    b->events = 0;
+    commit = bench_submit(b, VERB_COMMIT, 1, false);
+    for (int i = 0; i < 2; i++)
+        seal[i] = bench_submit(b, VERB_SEAL, 0, false);
+    first = b->group->checkpoint.first;
+    assert_int_equal(first->token, seal[0]);
+    assert_int_equal(first->next->token, seal[1]);
+    assert_int_equal(first->next->next->token, commit);
+    b->disk.hold = false;
+    bench_settle(b);
+    assert_int_equal(bench_answer(b, seal[0])->value, 2);
+    assert_int_equal(bench_answer(b, seal[1])->value, 3);
+    assert_int_equal(bench_answer(b, commit)->value, 1);
+}
+
+/* An apply that works says nothing of the journal, and the other way round. */
+static void an_error_stands_until_a_success_of_its_own_kind(void **state)
+{
+    struct bench *b = *state;
+
+    b->disk.fail[DISK_IMAGE(0)][DISK_WRITE] = ENOSPC;
+    put(b, 1);
+    bench_verb(b, VERB_SEAL);
+    assert_int_equal(bench_verb(b, VERB_COMMIT)->result, 0);
+    assert_non_null(strstr(b->group->error, "of disk \"disk0\": No space left"));
+    put(b, 2);
+    bench_verb(b, VERB_SEAL);
+    b->disk.fail[DISK_JOURNAL][DISK_SYNC] = EIO;
+    assert_int_equal(bench_verb(b, VERB_COMMIT)->result, -EIO);
+    assert_non_null(strstr(b->group->error, "writing the journal: Input/output error; "));
+    assert_non_null(strstr(b->group->error, "No space left"));
+    b->disk.fail[DISK_IMAGE(0)][DISK_WRITE] = 0;
+    later(b);
+    bench_settle(b); /* applied; but the head, which is in the journal, cannot move */
+    assert_null(strstr(b->group->error, "No space left"));
+    assert_non_null(strstr(b->group->error, "writing the journal"));
+    assert_non_null(strstr(b->group->error, "moving the journal's head"));
+    b->disk.fail[DISK_JOURNAL][DISK_SYNC] = 0;
+    later(b);
+    bench_settle(b);
+    assert_int_equal(b->group->applied, 1);
+    assert_non_null(strstr(b->group->error, "writing the journal")); /* nobody committed yet */
+    assert_null(strstr(b->group->error, "head"));
+    assert_int_equal(bench_verb(b, VERB_COMMIT)->result, 0);
+    assert_string_equal(b->group->error, "");
+}
+
 /* Ids are reserved on disk in steps of 4096; a journal that fails then must not hang a seal. */
 static void without_ids_a_seal_is_refused(void **state)
 {
@@ -296,6 +353,42 @@ static void a_stop_with_an_error_standing_is_answered(void **state)
     assert_int_equal(b->disk.file[DISK_IMAGE(0)][0], 1);
 }
 
+static void a_stop_without_its_last_superblock_is_told(void **state)
+{
+    struct bench *b = *state;
+    const core_event *answer;
+    uint64_t used = epoch_open(b->group)->id;
+
+    fail_journal(b, EIO);
+    answer = bench_verb(b, VERB_STOP);
+    assert_int_equal(answer->result, -EIO);
+    assert_non_null(strstr(answer->text, "last superblock could not be written"));
+    bench_kill(b);
+    bench_forget_arena(b);
+    fail_journal(b, 0);
+    assert_int_equal(bench_open(b), 0);
+    assert_true(epoch_open(b->group)->id > used);
+}
+
+/* The journal says "nothing behind here": whatever came would not be searched for damage. */
+static void nothing_is_committed_behind_a_clean_stop(void **state)
+{
+    struct bench *b = *state;
+    static const enum verb_kind verbs[] = {VERB_SEAL, VERB_COMMIT, VERB_DISCARD, VERB_PROMOTE};
+    struct flush_waiter w = {.done = flushed};
+
+    flushes = 0;
+    assert_int_equal(bench_verb(b, VERB_PROMOTE)->result, 0);
+    assert_int_equal(bench_verb(b, VERB_STOP)->result, 0);
+    put(b, 1);
+    assert_false(checkpoint_flush(b->group, &w));
+    bench_settle(b);
+    assert_int_equal(flushes, 0);
+    for (uint32_t i = 0; i < 4; i++)
+        assert_int_equal(bench_verb(b, verbs[i])->result, -ESHUTDOWN);
+    checkpoint_unflush(b->group, &w);
+}
+
 #define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 int main(void)
@@ -306,6 +399,10 @@ int main(void)
         CASE(a_failed_apply_is_repeated_until_it_works),
         CASE(zeroes_are_written_where_fallocate_is_missing),
         CASE(a_seal_overtakes_a_commit),
+        CASE(seals_that_wait_for_ids_are_overtaken_by_no_commit),
+        CASE(an_error_stands_until_a_success_of_its_own_kind),
+        CASE(a_stop_without_its_last_superblock_is_told),
+        CASE(nothing_is_committed_behind_a_clean_stop),
         CASE(without_ids_a_seal_is_refused),
         CASE(a_flush_waits_for_its_commit),
         CASE(a_promote_that_fails_lets_flushes_go),
