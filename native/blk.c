@@ -293,6 +293,24 @@ static void flushed(struct flush_waiter *w)
     request_finish(q);
 }
 
+uint32_t blk_fail_flushes(struct ring *r)
+{
+    struct request *q = r->blk->requests, *next;
+    uint32_t count = 0;
+
+    for (; q; q = next) {
+        next = q->next;
+        if (q->ring != r || !q->waits_flush)
+            continue;
+        checkpoint_unflush(&r->blk->core->group, &q->waiter);
+        q->waits_flush = false;
+        q->status = VIRTIO_BLK_S_IOERR;
+        request_finish(q);
+        count++;
+    }
+    return count;
+}
+
 /* Active mode: the answer waits until what is written is durable. */
 static uint8_t answer_when_durable(struct blk *b, struct ring *r, uint16_t head,
                                    const struct chain *c)
@@ -337,6 +355,16 @@ static bool room(struct blk *b, struct ring *r, uint64_t blocks)
     return false;
 }
 
+/* Waits; but not what an earlier agent had taken, when a stop has waited for it too long. */
+static uint8_t no_room(struct ring *r)
+{
+    if (!r->give_up || r->resubmit_next == r->resubmits)
+        return STATUS_HELD;
+    r->held = false;
+    r->given_up++;
+    return VIRTIO_BLK_S_IOERR;
+}
+
 static uint8_t do_write(struct blk *b, struct ring *r, uint16_t head, const struct chain *c,
                         uint64_t sector, uint64_t bytes, uint64_t header_bytes)
 {
@@ -344,7 +372,7 @@ static uint8_t do_write(struct blk *b, struct ring *r, uint16_t head, const stru
     int error;
 
     if (!room(b, r, bytes / BLOCK_BYTES + 2))
-        return STATUS_HELD;
+        return no_room(r);
     skip(&from, header_bytes);
     b->stats.writes++;
     metrics_answered(&b->core->group.metrics, METRICS_WRITE);
@@ -389,7 +417,7 @@ static uint8_t do_zero(struct blk *b, struct ring *r, uint16_t head, const struc
     if (seg.flags & ~(type == VIRTIO_BLK_T_WRITE_ZEROES ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0u))
         return VIRTIO_BLK_S_UNSUPP;
     if (!room(b, r, EPOCH_ZERO_ROOM))
-        return STATUS_HELD;
+        return no_room(r);
     if (type == VIRTIO_BLK_T_DISCARD) {
         b->stats.discards++;
         flags = FRAME_UNMAP;

@@ -68,6 +68,7 @@ struct blk {
     uint32_t reads_busy;           /* image reads that target guest memory */
     bool paused;                   /* rings wait for a command that needs them quiet */
     bool lost_told;
+    uint64_t stop_since_ns;        /* a stop waits since then for what may never come; 0: none */
     struct command *command_first, *command_last;
     struct blk_stats stats;
 };
@@ -79,6 +80,14 @@ void blk_free(struct blk *b);
 void blk_expect(struct blk *b, struct chain *c);
 /* Carries the request out; false: it is not taken, the ring is held until there is room. */
 bool blk_execute(struct ring *r, const struct chain *c);
+
+/* A VMM's main loop stands still until its stop is answered: so long a stop waits for a journal
+ * that fails, or for room in the arena; what needs them is then answered with IOERR. */
+#define BLK_STOP_WAIT_NS 5000000000ull
+/* Ends the waiting for commits of the ring's requests; returns how many there were. */
+uint32_t blk_fail_flushes(struct ring *r);
+/* When such a stop has waited long enough; 0: there is none. */
+uint64_t blk_timer(const struct blk *b);
 
 /* Commands from the control thread, in order; step: true when one was carried out. */
 void blk_command(struct blk *b, struct command *c);

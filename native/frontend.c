@@ -179,8 +179,37 @@ static bool do_reset(struct blk *b, struct command *c)
     b->features = 0;
     b->paused = false;
     b->lost_told = false;
+    b->stop_since_ns = 0;
     reactor_done(b->core, c, 0, 0, NULL);
     return true;
+}
+
+uint64_t blk_timer(const struct blk *b)
+{
+    uint64_t at = b->stop_since_ns + BLK_STOP_WAIT_NS;
+
+    return b->stop_since_ns && at > b->core->group.now_ns ? at : 0;
+}
+
+/* The clock runs from the first stop that had to wait; the VMM's other queues share it. */
+static bool waited_enough(struct blk *b)
+{
+    if (!b->stop_since_ns)
+        b->stop_since_ns = b->core->group.now_ns;
+    return b->core->group.now_ns - b->stop_since_ns >= BLK_STOP_WAIT_NS;
+}
+
+static void tell_given_up(struct ring *r)
+{
+    struct group *g = &r->blk->core->group;
+
+    if (r->given_up)
+        group_log(g, LOG_ERROR, "disk \"%s\": virtqueue %u was stopped with %u requests that "
+                  "could not be finished in %llu s: answered with an I/O error (%.100s)",
+                  r->blk->config->name, r->index, r->given_up,
+                  BLK_STOP_WAIT_NS / 1000000000ull, g->error[0] ? g->error : "the arena is full");
+    r->given_up = 0;
+    r->give_up = false;
 }
 
 static bool do_stop(struct blk *b, struct command *c)
@@ -192,13 +221,22 @@ static bool do_stop(struct blk *b, struct command *c)
         gone |= later->kind == COMMAND_RESET;
     if (gone)
         abandon(b); /* nobody waits for these flushes */
-    else if (r->running && r->resubmit_next < r->resubmits)
-        return false; /* taken before we started: they have to be answered */
+    else if (r->running && r->resubmit_next < r->resubmits) {
+        /* taken before we started: they have to be answered */
+        if (r->held && waited_enough(b)) {
+            r->give_up = true;
+            r->held = false;
+        }
+        return false;
+    }
     r->stopping = true;
     ring_update(r);
+    if (r->inflight && waited_enough(b) && b->core->group.trouble[TROUBLE_COMMIT][0])
+        r->given_up += blk_fail_flushes(r);
     if (r->inflight)
         return false;
     ring_publish(r);
+    tell_given_up(r);
     blk_unwatch(r);
     if (r->kick_fd >= 0)
         close(r->kick_fd);
@@ -221,6 +259,7 @@ static void do_kick(struct blk *b, struct command *c)
     r->kick_fd = c->fd;
     r->fresh = r->fresh || !r->kicked;
     r->kicked = true;
+    b->stop_since_ns = 0;
     ring_resolve(r);
     if (r->running)
         blk_watch(r);

@@ -286,6 +286,12 @@ static void sleep_until_work(struct reactor *r)
 {
     uint64_t timer = group_timer(&r->group), timeout = 0;
 
+    for (uint32_t d = 0; d < r->group.config.disks; d++) {
+        uint64_t at = blk_timer(&r->blk[d]);
+
+        if (at && (!timer || at < timer))
+            timer = at;
+    }
     if (want_kicks(r, true) || __atomic_load_n(&r->commands, __ATOMIC_ACQUIRE)) {
         want_kicks(r, false);
         return;

@@ -78,6 +78,8 @@ struct ring {
     bool to_publish;              /* in the reactor's list of rings that have news */
     bool held;                    /* the next request waits for room in the arena */
     uint64_t held_blocks;
+    uint32_t given_up;            /* requests that a stop answered with IOERR */
+    bool give_up;                 /* resubmits that find no room are among them */
     uint32_t inflight;            /* requests taken and not answered yet */
     struct inflight_queue *record; /* NULL: no in-flight region */
     uint16_t record_size;

@@ -342,6 +342,105 @@ static void a_stop_answers_what_it_has_taken(void **state)
 }
 
 /* Heads are noted by the size of the region that was there when they were answered. */
+static void fail_journal(struct scene *s, int error)
+{
+    s->bench.disk.fail[DISK_JOURNAL][DISK_WRITE] = error;
+}
+
+static bool was_logged(struct scene *s, const char *text)
+{
+    core_event event;
+    bool found = false;
+
+    while (core_next_event((core *)s->reactor, &event))
+        found |= event.type == CORE_EVENT_LOG && strstr(event.text, text);
+    return found;
+}
+
+/* The VMM's main loop stands still meanwhile. */
+static void a_stop_waits_a_bounded_time_for_a_journal_that_fails(void **state)
+{
+    struct scene *s = *state;
+
+    begin_flush(s, 8);
+    assert_false(give(s, command(s, COMMAND_STOP)));
+    s->reactor->group.now_ns += 10 * BLK_STOP_WAIT_NS;
+    settle(s); /* slow is no failure */
+    assert_int_equal(s->ring->inflight, 1);
+    fail_journal(s, EIO);
+    s->bench.disk.hold = false;
+    settle(s);
+    assert_int_equal(s->ring->inflight, 0);
+    assert_int_equal(s->used->idx, 2);
+    assert_int_equal(*status_of(s, 8), VIRTIO_BLK_S_IOERR);
+    assert_true(was_logged(s, "stopped with 1 requests"));
+    assert_false(s->ring->kicked);
+    fail_journal(s, 0); /* what was written is kept, and committed with the next flush */
+    s->reactor->group.now_ns += 2 * GROUP_RETRY_NS;
+    start_ring(s);
+    submit(s, 24, VIRTIO_BLK_T_FLUSH, 0);
+    settle(s);
+    assert_int_equal(*status_of(s, 24), VIRTIO_BLK_S_OK);
+    assert_int_equal(s->reactor->group.trouble[TROUBLE_COMMIT][0], 0);
+    assert_true(s->reactor->group.committed > 0);
+}
+
+static void a_stop_gives_a_failing_journal_its_time(void **state)
+{
+    struct scene *s = *state;
+
+    begin_flush(s, 8);
+    fail_journal(s, EIO);
+    s->bench.disk.hold = false;
+    assert_false(give(s, command(s, COMMAND_STOP)));
+    settle(s);
+    assert_int_equal(s->ring->inflight, 1);
+    assert_int_equal(blk_timer(s->blk), s->reactor->group.now_ns + BLK_STOP_WAIT_NS);
+    fail_journal(s, 0);
+    s->reactor->group.now_ns += 2 * GROUP_RETRY_NS;
+    settle(s);
+    assert_int_equal(s->used->idx, 2);
+    assert_int_equal(*status_of(s, 8), VIRTIO_BLK_S_OK);
+}
+
+static void a_stop_waits_a_bounded_time_for_room_for_resubmits(void **state)
+{
+    struct scene *s = *state;
+    struct group *g = &s->reactor->group;
+    int fd = memory_file(inflight_queue_bytes(RING_SIZE));
+    struct inflight_queue *q = mmap(NULL, inflight_queue_bytes(RING_SIZE),
+                                    PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+    assert_ptr_not_equal(q, MAP_FAILED);
+    start_ring(s);
+    submit(s, 16, VIRTIO_BLK_T_OUT, 0);
+    settle(s);
+    assert_true(give(s, command(s, COMMAND_STOP)));
+    q->version = 1;
+    q->used_idx = s->used->idx;
+    q->desc[16].inflight = 1;
+    *status_of(s, 16) = 0xee;
+    assert_true(share_inflight(s, fd, RING_SIZE));
+    while (g->arena.free_count > GROUP_RESERVED_SEGMENTS)
+        arena_segment_take(&g->arena, 1, SEGMENT_RAW);
+    epoch_open(g)->raw.tail = SEGMENT_BYTES;
+    start_ring(s);
+    ring_poll(s->ring, 64);
+    assert_true(s->ring->held);
+    assert_false(give(s, command(s, COMMAND_STOP)));
+    ring_poll(s->ring, 64);
+    assert_int_equal(*status_of(s, 16), 0xee);
+    g->now_ns += BLK_STOP_WAIT_NS;
+    settle(s);
+    ring_poll(s->ring, 64);
+    settle(s);
+    assert_int_equal(*status_of(s, 16), VIRTIO_BLK_S_IOERR);
+    assert_int_equal(s->used->idx, 2);
+    assert_true(was_logged(s, "stopped with 1 requests"));
+    munmap(q, inflight_queue_bytes(RING_SIZE));
+    close(fd);
+}
+
 static void answers_are_noted_in_the_region_they_began_in(void **state)
 {
     struct scene *s = *state;
@@ -458,6 +557,9 @@ int main(void)
         CASE(a_reset_ends_a_stop_that_waits),
         CASE(a_reset_waits_for_reads_and_answers_none),
         CASE(a_stop_answers_what_it_has_taken),
+        CASE(a_stop_waits_a_bounded_time_for_a_journal_that_fails),
+        CASE(a_stop_gives_a_failing_journal_its_time),
+        CASE(a_stop_waits_a_bounded_time_for_room_for_resubmits),
         CASE(answers_are_noted_in_the_region_they_began_in),
         CASE(requests_found_in_flight_are_done_at_one_start_only),
         CASE(a_call_descriptor_is_told_at_once),
