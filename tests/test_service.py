@@ -212,6 +212,18 @@ def test_the_unit_is_what_systemd_understands(tmp_path: Path) -> None:
     assert (done.returncode, mine) == (0, []), done.stdout
 
 
+def test_systemd_finds_little_that_the_unit_leaves_open(tmp_path: Path) -> None:
+    """Of 10; what is left is needed, or is a matter of where the images are."""
+    unit = tmp_path / "epochd@vm1.service"
+    unit.write_text(UNIT.read_text().replace("@BINARY@", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=12", unit],
+        check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    assert "Overall exposure level" in done.stdout
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_unit_has_what_the_design_needs() -> None:
     assert settings("Type") == ["notify"]
     assert settings("Restart") == ["on-failure"]
