@@ -303,6 +303,23 @@ static int by_place(const void *a, const void *b)
     return x->segment < y->segment ? -1 : x->segment > y->segment;
 }
 
+static bool small(const struct commit *c)
+{
+    return c->record_bytes <= JOURNAL_SMALL_BYTES;
+}
+
+static int reserve_header(struct commit *c)
+{
+    uint64_t bytes = small(c) ? c->record_bytes : record_header_bytes(c->segments);
+
+    if (bytes <= c->header_max)
+        return 0;
+    free(c->header);
+    c->header = aligned_alloc(PAGE, bytes);
+    c->header_max = c->header ? bytes : 0;
+    return c->header ? 0 : -ENOMEM;
+}
+
 /* The record's layout: its segments in order of place, so that neighbours are one write. */
 static int lay_out(struct group *g)
 {
@@ -328,19 +345,13 @@ static int lay_out(struct group *g)
     if (c->segments > 1)
         qsort(c->segment, c->segments, sizeof(*c->segment), by_place);
     bytes = record_header_bytes(c->segments);
-    if (bytes > c->header_max) {
-        free(c->header);
-        c->header = aligned_alloc(PAGE, bytes);
-        c->header_max = c->header ? bytes : 0;
-        if (!c->header)
-            return -ENOMEM;
-    }
     for (uint32_t i = 0; i < c->segments; i++) {
         c->segment[i].lsn = j->tail_lsn + bytes;
         bytes += page_round_up(c->segment[i].bytes);
     }
     c->record_bytes = bytes;
-    return bytes > j->ring_bytes ? -EFBIG : 0;
+    error = reserve_header(c);
+    return !error && bytes > j->ring_bytes ? -EFBIG : error;
 }
 
 static void fill_header(struct group *g)
@@ -421,6 +432,22 @@ static uint32_t run_length(const struct commit *c, uint32_t at)
     return n;
 }
 
+/* The segments of a small record, behind its header. */
+static bool copy_segments(struct group *g)
+{
+    struct commit *c = &g->journal.commit;
+
+    if (c->checked < c->segments || c->written == c->segments)
+        return false;
+    for (; c->written < c->segments; c->written++) {
+        const struct commit_segment *s = &c->segment[c->written];
+
+        memcpy(c->header + (s->lsn - g->journal.tail_lsn), arena_segment(&g->arena, s->segment),
+               page_round_up(s->bytes));
+    }
+    return true;
+}
+
 static bool write_segments(struct group *g)
 {
     struct commit *c = &g->journal.commit;
@@ -447,7 +474,7 @@ static bool write_header(struct group *g)
 {
     struct journal *j = &g->journal;
     struct commit *c = &j->commit;
-    uint64_t bytes = record_header_bytes(c->segments), some;
+    uint64_t bytes = small(c) ? c->record_bytes : record_header_bytes(c->segments), some;
 
     if (c->header_written || c->checked < c->segments || c->written < c->segments ||
         c->busy + 2 > JOURNAL_WRITES_MAX || c->error)
@@ -622,7 +649,7 @@ bool journal_step(struct group *g)
         return true;
     case COMMIT_WRITE:
         moved |= checksum_step(g);
-        moved |= write_segments(g);
+        moved |= small(c) ? copy_segments(g) : write_segments(g);
         moved |= write_header(g);
         if ((c->busy == 0 || mutant(MUTANT_SYNC_BEFORE_WRITES)) && !c->job_busy &&
             (c->error || c->header_written)) {

@@ -30,6 +30,7 @@ struct group;
 #endif
 #define JOURNAL_WRITE_MAX (4u * SEGMENT_BYTES) /* neighbours written as one */
 #define JOURNAL_WRITES_MAX 16u   /* in flight */
+#define JOURNAL_SMALL_BYTES 131072u  /* a record up to this is copied together: one write */
 #define JOURNAL_INLINE_BYTES 262144u /* up to this, checksums are not worth a helper */
 
 /* A record that the images lack still. */
@@ -76,7 +77,7 @@ struct commit {
     bool damaged;                  /* the job's: a frame's checksum was wrong */
     uint32_t job_end;
     struct job job;
-    uint8_t *header;               /* record_header and table */
+    uint8_t *header;               /* record_header and table; a small record whole */
     uint64_t header_max;
     uint64_t record_bytes;
     int error;

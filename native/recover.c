@@ -637,7 +637,7 @@ static int recover(struct recovery *r)
         error = search_behind_tail(r);
     if (!error)
         error = make_durable(r);
-    if (!error && !(r->fresh && r->super.clean) && !mutant(MUTANT_NO_VOID_ON_RECOVERY))
+    if (!error && mutant(MUTANT_VOID_BEFORE_SUPER))
         error = void_tail(r);
     if (!error)
         error = r->fresh ? begin_fresh(r) : create_uncommitted(r);
@@ -645,6 +645,10 @@ static int recover(struct recovery *r)
         error = adopt_segments(r);
     if (!error)
         error = save_super(r);
+    /* Not before: the superblock that we read may be in a cache only, and the tail by it a
+     * record that counts by the one on the medium. */
+    if (!error && !(r->fresh && r->super.clean) && !mutant(MUTANT_NO_VOID_ON_RECOVERY))
+        error = void_tail(r);
     return error;
 }
 
