@@ -1,0 +1,238 @@
+"""How cost and memory grow: the arena's ratio, huge images and epochs, restart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from . import fio, show
+from .agent import Agent
+from .bench import GIB, KIB, MIB, Bench, Context, not_held, of_load
+from .failures import FailedError
+from .result import Sample, Target
+
+TIB = 1 << 40
+SETTLE_SECONDS = 60.0
+
+
+def arena_ratio(context: Context) -> None:
+    """Bytes of the guest through bytes of memory, whole segments and index counted, after
+    random 4 KiB writes of a file system's blocks, once compression has nothing more to do."""
+    data = context.fs_image()
+    arena = data.size + data.size // 4
+    blocks = data.size // 4096
+    image = context.sparse("disk.img", data.size)
+    agent = context.agent(image, arena=arena, pinned=False)
+    context.trust(agent)
+
+    def ours() -> Sample:
+        context.load(
+            agent,
+            agent.socket,
+            rw="randwrite",
+            bs="4k",
+            iodepth=32,
+            ios=blocks,
+            size=data.size,
+            data=data.path,
+        )
+        status = settle(agent)
+        memory = status["arena"]["used"] + status["index-bytes"]
+        sample = Sample(
+            status["logical-bytes"] / memory,
+            {
+                "logical_bytes": status["logical-bytes"],
+                "arena_bytes": status["arena"]["used"],
+                "frame_bytes": status["stored-bytes"],
+                "index_bytes": status["index-bytes"],
+                "compress_ns": agent.group_stats()["compress-ns"],
+            },
+        )
+        agent.discard()
+        return sample
+
+    context.pairs(ours, None, show.times)
+
+
+def settle(agent: Agent) -> dict[str, Any]:
+    """Wait until the arena's contents have not changed for half a second; returns the status."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    last, since = agent.status(), time.monotonic()
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        now = agent.status()
+        if (now["stored-bytes"], now["arena"]) != (last["stored-bytes"], last["arena"]):
+            last, since = now, time.monotonic()
+        elif time.monotonic() - since > 0.5:
+            break
+    return last
+
+
+def _write_cost(context: Context, agent: Agent, ios: int, region: int) -> Sample:
+    """Nanoseconds a write, at depth 32 in a region."""
+    before = agent.held()
+    result = context.load(
+        agent,
+        agent.socket,
+        rw="randwrite",
+        bs="4k",
+        iodepth=32,
+        ios=ios,
+        ramp=context.pick(0.25, 0.1),
+        size=region,
+    )
+    not_held(agent, before)
+    return of_load(result, result.seconds * 1e6 / result.ios)
+
+
+def big_image(context: Context) -> None:
+    """Cost of a write to a sparse image of 16 TiB, against one of 1 GiB."""
+    # ext4 ends one block before 16 TiB.
+    size = context.size("image", 16 * TIB - MIB, 16 * TIB - MIB)
+    ios = context.size("ios", 400_000, 150_000)
+    arena = context.size("arena", 5 * GIB, 2 * GIB)
+    large = context.agent(context.sparse("large.img", size), arena=arena, level=0, folder="large")
+    small = context.agent(context.sparse("small.img", GIB), arena=arena, level=0, folder="small")
+
+    def cost(agent: Agent, region: int) -> Callable[[], Sample]:
+        def measure() -> Sample:
+            sample = _write_cost(context, agent, ios, region)
+            agent.discard()
+            return sample
+
+        return measure
+
+    ours, theirs = cost(large, size), cost(small, GIB)
+    ours()
+    theirs()
+    context.pairs(ours, theirs, show.microseconds)
+
+
+def big_epoch(context: Context) -> None:
+    """Cost of a write into an epoch of 8 GiB, against one into an epoch of 1 MiB."""
+    size = context.size("epoch", 8 * GIB, 2 * GIB)
+    ios = context.size("ios", 300_000, 150_000)
+    arena = size + context.size("spare", 5 * GIB, 2 * GIB)
+    if context.quick:
+        context.row.notes.append("epoch of 2 GiB instead of 8 GiB")
+    agent = context.agent(context.sparse("disk.img", size), arena=arena, level=0)
+
+    def ours() -> Sample:
+        context.load(agent, agent.socket, rw="write", bs="64k", iodepth=8, bytes=size, size=size)
+        sample = _write_cost(context, agent, ios, size)
+        agent.discard()
+        return sample
+
+    def theirs() -> Sample:
+        sample = _write_cost(context, agent, ios, MIB)
+        agent.discard()
+        return sample
+
+    context.say("touching the arena's pages")
+    ours()
+    context.pairs(ours, theirs, show.microseconds)
+
+
+def restart(context: Context) -> None:
+    """Seconds that a start after kill -9 takes longer because the arena is full of raw 4 KiB
+    frames: that is the re-indexing. Pairs with the start of an empty one."""
+    arena = GIB
+    fill = int(arena * 0.9) // (4 * KIB) * (4 * KIB)
+    image = context.sparse("disk.img", GIB)
+    agent = context.agent(image, arena=arena, level=0)
+
+    def start() -> float:
+        agent.kill()
+        begin = time.perf_counter()
+        agent.start()
+        return time.perf_counter() - begin
+
+    def ours() -> Sample:
+        agent.discard()
+        empty = start()
+        context.load(agent, agent.socket, rw="write", bs="4k", iodepth=32, bytes=fill, size=fill)
+        before = agent.status()["logical-bytes"]
+        full = start()
+        after = agent.status()["logical-bytes"]
+        if after != before or after < fill:
+            raise FailedError(f"{before} bytes before the kill, {after} after the restart")
+        return Sample(max(full - empty, 0.0) * 1e6, {"full_s": full, "empty_s": empty})
+
+    context.pairs(ours, None, show.microseconds)
+    context.row.figures["full_start_s"] = context.row.details[-1]["ours"]["full_s"]
+
+
+def idle(context: Context) -> None:
+    """Share of a core that an attached but idle agent uses, in percent."""
+    seconds = context.pick(10.0, 2.0)
+    image = context.folder / "disk.img"
+    fio.prepare(image, 64 * MIB)
+    agent = context.agent(image, arena=64 * MIB)
+    context.trust(agent)
+
+    def ours() -> Sample:
+        with context.background(
+            agent,
+            agent.socket,
+            rw="randwrite",
+            bs="4k",
+            iodepth=1,
+            rate=1,
+            seconds=seconds + 1.5,
+            size=MIB,
+            eventfd=True,
+        ):
+            time.sleep(1)
+            before = agent.cpu_seconds()
+            time.sleep(seconds)
+            return Sample(100 * (agent.cpu_seconds() - before) / seconds)
+
+    context.pairs(ours, None, lambda value: f"{value:.2f} %")
+
+
+def benches() -> list[Bench]:
+    """In the order of the table."""
+    cost = Target("ratio", "at most", 1.2)
+    return [
+        Bench(
+            "arena-ratio",
+            "guest's bytes through arena's, random 4 KiB of a file system",
+            "x",
+            ("none",),
+            Target("value", "at least", 3.0),
+            arena_ratio,
+        ),
+        Bench(
+            "big-image",
+            "time a write: image of 16 TiB to one of 1 GiB",
+            "us",
+            ("self",),
+            cost,
+            big_image,
+        ),
+        Bench(
+            "big-epoch",
+            "time a write: epoch of 8 GiB to one of 1 MiB",
+            "us",
+            ("self",),
+            cost,
+            big_epoch,
+        ),
+        Bench(
+            "restart-1g",
+            "re-indexing of a full arena of 1 GiB",
+            "us",
+            ("none",),
+            Target("value", "at most", 500_000),
+            restart,
+        ),
+        Bench(
+            "idle",
+            "CPU of an attached, idle agent",
+            "%",
+            ("none",),
+            Target("value", "at most", 0.5),
+            idle,
+        ),
+    ]
