@@ -80,7 +80,8 @@ def write_latency(context: Context) -> None:
     """Median latency of single 4 KiB writes."""
     ios = context.size("ios", 200_000, 50_000)
     image = context.sparse("disk.img", IMAGE_BYTES)
-    agent = context.agent(image, arena=2 * GIB, level=0)
+    arena = context.size("arena", 2 * GIB, 512 * MIB)
+    agent = context.agent(image, arena=arena, level=0)
     context.trust(agent)
     peer = context.vhost_peer(IMAGE_BYTES, image)
     options = job(rw="randwrite", bs="4k", iodepth=1, ios=ios, ramp=0.1, size=IMAGE_BYTES)

@@ -10,21 +10,22 @@ from __future__ import annotations
 import contextlib
 import html
 import shutil
+import signal
 import subprocess
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .agent import Agent, command
+from .agent import Agent
 from .bench import GIB, MIB, Options
-from .failures import FailedError, MissingError
-from .load import Load, run_load
+from .failures import FailedError
+from .load import job, run_load
 from .process import find, pinned, running
 
-SAMPLES_A_SECOND = 5000
+SAMPLES_A_SECOND = 4000
+IOS = 300_000
 TOP = 25
 WIDTH, LINE, FONT = 1200, 17, 12
 CALLGRIND_IOS = 20_000
@@ -72,69 +73,48 @@ def _sampled(
     image = folder / "disk.img"
     with image.open("wb") as file:
         file.truncate(GIB)
-    seconds = 1.0 if options.quick else 3.0
     region = 256 * MIB
-    # A short run overwrites little: nothing has to be reclaimed, nothing is held.
-    arena = int(2 * GIB + (seconds + 1) * 1.6e6 * 4300)
-    agent = Agent(folder, image, arena=arena, level=0, cpus=options.agent_cpus)
+    agent = Agent(folder, image, arena=2 * GIB, level=0, cpus=options.agent_cpus)
     found: dict[str, Counter[tuple[str, ...]]] = {}
     with running(agent):
         agent.start()
-        run_load(
-            agent,
-            agent.socket,
-            options.load_cpus,
-            rw="write",
-            bs="64k",
-            iodepth=8,
-            bytes=region,
-            size=region,
-        )
         for rw, title in (
-            ("randread", "4 KiB random reads of the arena, depth 32"),
             ("randwrite", "4 KiB random writes, depth 32"),
+            ("randread", "4 KiB random reads of the arena, depth 32"),
         ):
             say(title)
+            # Reads find everything in the arena; writes that nothing has to wait for room.
+            fill = job(rw="write", bs="4k", iodepth=32, bytes=region, size=region)
+            run_load(agent, agent.socket, options.load_cpus, **fill)
             data = folder / f"{rw}.data"
-            with Load(
-                agent,
-                agent.socket,
-                options.load_cpus,
-                rw=rw,
-                bs="4k",
-                iodepth=32,
-                seconds=seconds + 0.5,
-                size=region,
-            ) as load:
-                time.sleep(0.4)
-                _record(program, agent.pid, data, seconds)
-                rate = load.result().iops
-            found[f"{title}, {rate / 1e6:.2f} M/s while sampled"] = _stacks(program, data)
+            with _recording(program, agent.pid, data):
+                for _ in range(2 if options.quick else 8):
+                    load = job(rw=rw, bs="4k", iodepth=32, ios=IOS, size=region)
+                    run_load(agent, agent.socket, options.load_cpus, **load)
+                    if rw == "randwrite":
+                        agent.discard()
+            found[title] = _stacks(program, data)
     return found
 
 
-def _record(program: str, pid: int, data: Path, seconds: float) -> None:
-    words = [
-        program,
-        "record",
-        "-q",
-        "-e",
-        "cpu-clock",
-        "-F",
-        str(SAMPLES_A_SECOND),
-        "--call-graph",
-        f"dwarf,{STACK_BYTES}",
-        "-o",
-        str(data),
-        "-p",
-        str(pid),
-        "--",
-        "sleep",
-        str(seconds),
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise FailedError(f"perf record: {done.stderr.strip()}")
+@contextlib.contextmanager
+def _recording(program: str, pid: int, data: Path) -> Iterator[None]:
+    """perf record of a process meanwhile."""
+    words = [program, "record", "-q", "-e", "cpu-clock", "-F", str(SAMPLES_A_SECOND)]
+    words += ["--call-graph", f"dwarf,{STACK_BYTES}", "-o", str(data), "-p", str(pid)]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            yield
+            process.send_signal(signal.SIGINT)
+            # It ends by our signal once the file is whole.
+            if process.wait(60) not in (0, -signal.SIGINT, 128 + signal.SIGINT):
+                errors.seek(0)
+                raise FailedError(f"perf record: {errors.read().decode(errors='replace')}")
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
 
 def _stacks(program: str, data: Path) -> Counter[tuple[str, ...]]:
@@ -285,8 +265,6 @@ def _callgrind(folder: Path, options: Options, say: Callable[[str], None]) -> st
     image = folder / "disk.img"
     with image.open("wb") as file:
         file.truncate(GIB)
-    if not command():
-        raise MissingError("no epochd")
     agent = _Counted(folder, image, arena=256 * MIB, level=0)
     with running(agent):
         say("starting under valgrind")
