@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--data", metavar="FILE", help="cut the data from this file")
     add("--pool", type=size, default=4 << 20, help="bytes of prepared data (default: 4M)")
+    add("--in-place", action="store_true", help="block n gets the prepared data's block n")
     add("--verify", action="store_true", help="check data; see below")
     add("--fill", action="store_true", help="first write all of --size once, in order")
     add("--seed", type=int, default=1, help="of order and data (default: 1)")
@@ -136,6 +137,7 @@ def _target(args: argparse.Namespace) -> Target:
         pool=args.pool,
         compress=args.compress,
         data=args.data,
+        in_place=args.in_place,
         verify=args.verify,
         seed=args.seed,
         hugepages=args.hugepages,

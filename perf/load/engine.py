@@ -201,6 +201,7 @@ class Load:
         config.block_bytes = target.bs
         config.buffer_bytes = self._buffer_bytes
         config.pool, config.pool_blocks = self._pool, self._pool_blocks
+        config.in_place = target.in_place
         config.verify = target.verify
         config.run_id = int.from_bytes(os.urandom(4), "little")
         self._counters = config.counts

@@ -65,6 +65,7 @@ typedef struct {
     uint32_t block_bytes;        /* of every request; a multiple of 512 */
     uint32_t buffer_bytes;       /* distance of a queue's buffers, at least block_bytes */
     uint64_t pool, pool_blocks;  /* data for writes: offset; blocks of block_bytes */
+    int in_place;                /* block n gets the pool's block n, not the next in turn */
     int verify;                  /* stamp what is written, check what is read */
     uint32_t run_id;             /* with verify: tells the stamps of this load from others' */
     /* HdrHistogram's layout of its counters, in nanoseconds. */

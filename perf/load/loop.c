@@ -169,10 +169,13 @@ static bool choose(load *l, struct queue *q, int *op, uint64_t *block)
 ALWAYS_INLINE uint64_t write_data(load *l, struct queue *q, uint32_t slot, uint64_t block)
 {
     const load_config *c = &l->config;
-    uint64_t from = c->pool + q->pool_next * c->block_bytes, to;
+    uint64_t next = q->pool_next, from, to;
 
-    if (++q->pool_next == c->pool_blocks)
+    if (c->in_place)
+        next = block % c->pool_blocks;
+    else if (++q->pool_next == c->pool_blocks)
         q->pool_next = 0;
+    from = c->pool + next * c->block_bytes;
     if (!l->verify)
         return c->guest + from;
     to = q->buffers + (uint64_t)slot * c->buffer_bytes;

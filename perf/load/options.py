@@ -73,6 +73,9 @@ class Target:
     """Per cent by which that data can be compressed."""
     data: str | None = None
     """A file to cut it from instead."""
+    in_place: bool = False
+    """Block n of the used part always gets block n of the prepared data, not the next in turn:
+    with a pool as large as the file, an image's blocks each in its place."""
     verify: bool = False
     """Stamp what is written and check what is read."""
     seed: int = 1

@@ -17,7 +17,7 @@ from .agent import Agent
 from .bench import GIB, KIB, MIB, Bench, Context
 from .colo import Colo
 from .failures import FailedError
-from .load import job
+from .load import blocks_of, job
 from .nbd import NbdWriter
 from .peers import StorageDaemon
 from .qmp import Qmp
@@ -57,7 +57,8 @@ def commit(context: Context, compressed: bool) -> None:
     fill = job(rw="write", bs="64k", iodepth=8, bytes=size, size=size)
     if compressed:
         rate = context.size("fill_mib_s", 128, 128)
-        fill |= job(data=context.fs_image().path, rate=rate * MIB // (64 * KIB), eventfd=True)
+        fill |= job(rate=rate * MIB // (64 * KIB), eventfd=True)
+        fill |= blocks_of(context.fs_image().path, size)
     else:
         fill |= job(compress=0)
     file = context.folder / "fio.dat"
@@ -303,7 +304,7 @@ def checkpointed(context: Context, agent: Agent, a_second: float) -> Sample:
         seconds=seconds,
         ramp=0.5,
         size=WORKING_SET,
-        data=context.fs_image().path,
+        **blocks_of(context.fs_image().path, WORKING_SET),
     )
     with context.background(agent, agent.socket, **options) as load:
         if a_second:

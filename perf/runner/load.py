@@ -67,6 +67,12 @@ def job(**arguments: object) -> dict[str, object]:
     return arguments
 
 
+def blocks_of(image: Path, size: int) -> dict[str, object]:
+    """Options for data of an image: each block in its place when the region is as large as the
+    image; for a smaller one, pieces of 64 KiB from all over it."""
+    return job(data=image, pool=size, in_place=True)
+
+
 class Load:
     """A run in the background. `arguments` are options of perf/blkload without the dashes,
     True for a flag: Load(server, socket, cpus, rw="randwrite", ios=1000)."""

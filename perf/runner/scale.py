@@ -10,6 +10,7 @@ from . import fio, show
 from .agent import Agent
 from .bench import GIB, KIB, MIB, Bench, Context, not_held, of_load
 from .failures import FailedError
+from .load import blocks_of
 from .result import Sample, Target
 
 TIB = 1 << 40
@@ -35,7 +36,7 @@ def arena_ratio(context: Context) -> None:
             iodepth=32,
             ios=blocks,
             size=data.size,
-            data=data.path,
+            **blocks_of(data.path, data.size),
         )
         status = settle(agent)
         memory = status["arena"]["used"] + status["index-bytes"]
