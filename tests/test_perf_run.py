@@ -51,6 +51,8 @@ from perf.runner.process import listens
 child = subprocess.Popen([{epochd!r}, *sys.argv[1:]])
 control = Path(sys.argv[sys.argv.index("--control") + 1])
 while not listens(control):
+    if child.poll() is not None:
+        sys.exit(child.returncode)
     time.sleep(0.01)
 qmp = Qmp(control)
 while qmp.execute("query-stats")["disks"]["writes"] < 1000:

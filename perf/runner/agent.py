@@ -58,8 +58,8 @@ class Agent(Server):
         self.arena = arena
         self.level = level
         self._wanted_cpus = cpus
-        self.socket = folder / "epochd.sock"
-        self.control_path = folder / "epochd.control"
+        self.socket = self.sockets / "disk"
+        self.control_path = self.sockets / "control"
         self._qmp: Qmp | None = None
         self._shm: set[Path] = set()
 

@@ -120,7 +120,10 @@ class Context:
 
     def load(self, server: Server | None, socket: Path, /, **arguments: object) -> LoadResult:
         """One run of the load generator on its CPU."""
-        return run_load(server, socket, self.options.load_cpus, **arguments)
+        result = run_load(server, socket, self.options.load_cpus, **arguments)
+        if "ios" in arguments and result.ios != arguments["ios"]:
+            raise FailedError(f"{result.ios} requests were done of {arguments['ios']}")
+        return result
 
     def background(self, server: Server, socket: Path, /, **arguments: object) -> Load:
         """The same while we do something else; use as a context manager."""

@@ -42,16 +42,14 @@ class Colo(Server):
         self.disk = disk
         self._wanted_cpus = cpus
         self._ram: Path | None = None
-        self.nbd_path = folder / "colo-nbd.sock"
-        self._qmp_path = folder / "colo-qmp.sock"
+        self.nbd_path = self.sockets / "nbd"
+        self._qmp_path = self.sockets / "qmp"
         self._qmp: Qmp | None = None
 
     def start(self) -> Colo:
         """Start QEMU, the NBD server and the replication."""
         program = find("qemu-system-x86_64", "qemu-system-x86")
         tool = find("qemu-img", "qemu-utils")
-        for path in (self.nbd_path, self._qmp_path):
-            path.unlink(missing_ok=True)
         self._ram = Path(tempfile.mkdtemp(dir=RAM_DISK, prefix="epochd-perf-colo-"))
         for name in ("active", "hidden"):
             subprocess.run(

@@ -41,7 +41,6 @@ def depths(context: Context, rw: str) -> None:
             bs="4k",
             iodepth=depth,
             ios=max(ios // (3 if depth < 4 else 1), 1),
-            ramp=0.05,
             size=region,
         )
         before = agent.held()

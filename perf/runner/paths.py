@@ -20,7 +20,7 @@ IMAGE_BYTES = GIB
 VHOST_PEERS = ("null", "image", "spdk")
 
 
-def _write_sample(context: Context, agent: Agent, depth: int, ios: int, ramp: float) -> Sample:
+def _write_sample(context: Context, agent: Agent, depth: int, ios: int) -> Sample:
     before = agent.held()
     result = context.load(
         agent,
@@ -29,7 +29,6 @@ def _write_sample(context: Context, agent: Agent, depth: int, ios: int, ramp: fl
         bs="4k",
         iodepth=depth,
         ios=ios,
-        ramp=ramp,
         size=IMAGE_BYTES,
     )
     not_held(agent, before)
@@ -41,17 +40,16 @@ def writes(context: Context, depth: int) -> None:
     """Random 4 KiB writes a second."""
     if context.against == "spdk":
         peers.spdk_socket(context.options.spdk_socket)
-    # Room for all that a run writes, even at 1.6 million writes a second in the ramp.
+    # Room for all that a run writes: 4 KiB and a frame header each.
     arena = context.size("arena", 5 * GIB, 2 * GIB)
-    ios = context.size("ios", 400_000, 200_000)
-    ramp = context.pick(0.25, 0.1)
+    ios = context.size("ios", 1_000_000, 300_000)
     image = context.sparse("disk.img", IMAGE_BYTES)
     agent = context.agent(image, arena=arena, level=0)
     context.trust(agent)
-    _write_sample(context, agent, depth, ios, ramp)
+    _write_sample(context, agent, depth, ios)
 
     def ours() -> Sample:
-        return _write_sample(context, agent, depth, ios, ramp)
+        return _write_sample(context, agent, depth, ios)
 
     if context.against == "memcpy":
         context.pairs(
@@ -69,7 +67,7 @@ def writes(context: Context, depth: int) -> None:
     def theirs() -> Sample:
         assert peer is not None
         result = context.load(
-            *peer, rw="randwrite", bs="4k", iodepth=depth, ios=ios, ramp=ramp, size=IMAGE_BYTES
+            *peer, rw="randwrite", bs="4k", iodepth=depth, ios=ios, size=IMAGE_BYTES
         )
         return of_load(result, result.iops)
 
@@ -84,7 +82,7 @@ def write_latency(context: Context) -> None:
     agent = context.agent(image, arena=arena, level=0)
     context.trust(agent)
     peer = context.vhost_peer(IMAGE_BYTES, image)
-    options = job(rw="randwrite", bs="4k", iodepth=1, ios=ios, ramp=0.1, size=IMAGE_BYTES)
+    options = job(rw="randwrite", bs="4k", iodepth=1, ios=ios, size=IMAGE_BYTES)
 
     def ours() -> Sample:
         before = agent.held()
@@ -112,7 +110,7 @@ def read_arena(context: Context) -> None:
     context.say("filling the arena")
     context.load(agent, agent.socket, rw="write", bs="4k", iodepth=32, bytes=region, size=region)
     peer = context.vhost_peer(IMAGE_BYTES, image)
-    options = job(rw="randread", bs="4k", iodepth=32, ios=ios, ramp=0.1, size=region)
+    options = job(rw="randread", bs="4k", iodepth=32, ios=ios, size=region)
 
     def ours() -> Sample:
         result = context.load(agent, agent.socket, **options)

@@ -34,7 +34,7 @@ class StorageDaemon(Server):
         self, folder: Path, image: Path | None, size: int, cpus: Sequence[int] | None
     ) -> None:
         super().__init__("qemu-storage-daemon", folder)
-        self.socket = folder / f"qsd-{'null' if image is None else 'image'}.sock"
+        self.socket = self.sockets / "disk"
         self._image = image
         self._size = size
         self._wanted_cpus = cpus
@@ -52,7 +52,6 @@ class StorageDaemon(Server):
         command = [program, "--object", "iothread,id=thread"]
         for text in node:
             command += ["--blockdev", text]
-        self.socket.unlink(missing_ok=True)
         self.spawn([*command, *options], self._wanted_cpus)
         self.await_sockets(self.socket)
 

@@ -7,10 +7,10 @@ time: with the end of its log, so that a person sees why.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,6 +53,8 @@ class Server:
         self.name = name
         self.folder = folder
         self.log_path = folder / f"{name}.log"
+        # The names of Unix sockets have 107 bytes at most: they cannot be below any folder.
+        self.sockets = Path(tempfile.mkdtemp(dir="/tmp", prefix="epochd-perf-"))
         self.process: subprocess.Popen[bytes] | None = None
         self.cpus: Sequence[int] | None = None
 
@@ -123,18 +125,18 @@ class Server:
 
     def close(self) -> None:
         """End it however it is; nothing is reported any more."""
-        if self.process is None:
-            return
-        with contextlib.suppress(FailedError):
-            self.terminate()
-        if self.process is not None:
-            self.kill()
+        try:
+            with contextlib.suppress(FailedError):
+                self.terminate()
+            if self.process is not None:
+                self.kill()
+        finally:
+            shutil.rmtree(self.sockets, ignore_errors=True)
 
     def cpu_seconds(self) -> float:
-        """User and system time that it has used so far."""
-        # The name in parentheses may contain anything: count from its end.
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU time that all its threads have used so far, to the nanosecond."""
+        threads = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
+        return sum(int(path.read_text().split()[0]) for path in threads) / 1e9
 
 
 @contextlib.contextmanager

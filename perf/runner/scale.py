@@ -12,6 +12,7 @@ from .bench import GIB, KIB, MIB, Bench, Context, not_held, of_load
 from .failures import FailedError
 from .load import blocks_of
 from .result import Sample, Target
+from .stats import quantile
 
 TIB = 1 << 40
 SETTLE_SECONDS = 60.0
@@ -80,7 +81,6 @@ def _write_cost(context: Context, agent: Agent, ios: int, region: int) -> Sample
         bs="4k",
         iodepth=32,
         ios=ios,
-        ramp=context.pick(0.25, 0.1),
         size=region,
     )
     not_held(agent, before)
@@ -91,7 +91,7 @@ def big_image(context: Context) -> None:
     """Cost of a write to a sparse image of 16 TiB, against one of 1 GiB."""
     # ext4 ends one block before 16 TiB.
     size = context.size("image", 16 * TIB - MIB, 16 * TIB - MIB)
-    ios = context.size("ios", 400_000, 150_000)
+    ios = context.size("ios", 1_000_000, 300_000)
     arena = context.size("arena", 5 * GIB, 2 * GIB)
     large = context.agent(context.sparse("large.img", size), arena=arena, level=0, folder="large")
     small = context.agent(context.sparse("small.img", GIB), arena=arena, level=0, folder="small")
@@ -113,7 +113,7 @@ def big_image(context: Context) -> None:
 def big_epoch(context: Context) -> None:
     """Cost of a write into an epoch of 8 GiB, against one into an epoch of 1 MiB."""
     size = context.size("epoch", 8 * GIB, 2 * GIB)
-    ios = context.size("ios", 300_000, 150_000)
+    ios = context.size("ios", 1_000_000, 300_000)
     arena = size + context.size("spare", 5 * GIB, 2 * GIB)
     if context.quick:
         context.row.notes.append("epoch of 2 GiB instead of 8 GiB")
@@ -136,8 +136,9 @@ def big_epoch(context: Context) -> None:
 
 
 def restart(context: Context) -> None:
-    """Seconds that a start after kill -9 takes longer because the arena is full of raw 4 KiB
-    frames: that is the re-indexing. Pairs with the start of an empty one."""
+    """Time of a start after kill -9, until the sockets answer, with an arena full of raw 4 KiB
+    frames. All of it counts, the interpreter's start too; the start with an empty arena is
+    beside it in the figures, the difference is the re-indexing."""
     arena = GIB
     fill = int(arena * 0.9) // (4 * KIB) * (4 * KIB)
     image = context.sparse("disk.img", GIB)
@@ -158,10 +159,11 @@ def restart(context: Context) -> None:
         after = agent.status()["logical-bytes"]
         if after != before or after < fill:
             raise FailedError(f"{before} bytes before the kill, {after} after the restart")
-        return Sample(max(full - empty, 0.0) * 1e6, {"full_s": full, "empty_s": empty})
+        return Sample(full * 1e6, {"full_s": full, "empty_s": empty})
 
     context.pairs(ours, None, show.microseconds)
-    context.row.figures["full_start_s"] = context.row.details[-1]["ours"]["full_s"]
+    differences = [d["ours"]["full_s"] - d["ours"]["empty_s"] for d in context.row.details]
+    context.row.figures["more_than_empty_s"] = round(quantile(differences, 0.5), 4)
 
 
 def idle(context: Context) -> None:
@@ -222,7 +224,7 @@ def benches() -> list[Bench]:
         ),
         Bench(
             "restart-1g",
-            "re-indexing of a full arena of 1 GiB",
+            "start after kill -9 with a full arena of 1 GiB",
             "us",
             ("none",),
             Target("value", "at most", 500_000),
