@@ -6,7 +6,6 @@ interpreter. What it leaves in shared memory is removed at the end.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import sys
@@ -61,19 +60,18 @@ class Agent(Server):
         self.socket = self.sockets / "disk"
         self.control_path = self.sockets / "control"
         self._qmp: Qmp | None = None
-        self._shm: set[Path] = set()
+        self._arena_name = ""
 
     def start(self) -> Agent:
         """Start and return once the sockets answer."""
-        if not self._shm:
+        if not self._arena_name:
             memory_room(self.arena)
         arguments = ["--blk-file", str(self.image), "--socket-path", str(self.socket)]
         arguments += ["--control", str(self.control_path), "--state-dir", str(self.folder)]
         arguments += ["--arena-size", str(self.arena), "--compress-level", str(self.level)]
         self.spawn([*command(), *arguments], self._wanted_cpus)
         self.await_sockets(self.control_path, self.socket)
-        name = self.status()["arena"]["name"].removeprefix("/")
-        self._shm = {SHM / name, SHM / f"{name}.group"}
+        self._arena_name = self.status()["arena"]["name"].removeprefix("/")
         return self
 
     @property
@@ -144,6 +142,6 @@ class Agent(Server):
             super().close()
         finally:
             self.hang_up()
-            for path in self._shm:
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
+            if self._arena_name:  # and what lies beside it
+                for path in SHM.glob(f"{self._arena_name}*"):
+                    path.unlink(missing_ok=True)
