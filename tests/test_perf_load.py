@@ -343,6 +343,19 @@ def test_data_compresses_as_asked(percent: int) -> None:
     assert 1 - packed / MIB == pytest.approx(percent / 100, abs=0.05)
 
 
+def test_blocks_of_a_file_go_to_their_places(
+    peer: Daemon | StorageDaemon, attach: Attach, tmp_path: Path
+) -> None:
+    file = tmp_path / "image"
+    contents = compressible(MIB, 0, 7)
+    file.write_bytes(contents)
+    goal = target(peer, data=str(file), pool=MIB, in_place=True)
+    with Load(goal) as load:
+        assert load.run(Workload(once=True, pattern="seq")).failure is None
+        assert load.run(Workload(ios=500)).failure is None
+    assert attach(peer).read(0, MIB // 512) == contents
+
+
 def test_data_comes_from_all_over_a_file(tmp_path: Path) -> None:
     file = tmp_path / "data"
     file.write_bytes(b"".join(number.to_bytes(4, "big") * 1024 for number in range(1024)))
