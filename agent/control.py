@@ -137,6 +137,7 @@ class Control:
                 "direct": bool(status.direct_journal),
                 "path": str(self._group.journal.path),
             },
+            "live-view": self._group.live_view,
             "clients": status.clients,
             "held": status.held_requests,
             "logical-bytes": status.logical_bytes,

@@ -304,6 +304,64 @@ def journal_format(setup: GroupSetup, group: bytes) -> None:
     _check(lib.core_journal_format(config, ffi.from_buffer("uint8_t[]", group), text), text)
 
 
+def metrics_bytes() -> int:
+    """Size in bytes of a live view's shared memory."""
+    return int(lib.core_metrics_bytes())
+
+
+def _plain(value: Any) -> Any:
+    """A C struct, array or number as dicts, lists, str (char arrays), bytes (uint8_t arrays)
+    and int."""
+    kind = ffi.typeof(value) if not isinstance(value, int) else None
+    if kind is None:
+        return value
+    if kind.kind == "struct":
+        return {name: _plain(getattr(value, name)) for name, _ in kind.fields}
+    if kind.item.cname == "char":
+        return _text(value)
+    if kind.item.cname in ("uint8_t", "unsigned char"):
+        return bytes(ffi.buffer(value))
+    return [_plain(item) for item in value]
+
+
+class MetricsLayout:
+    """Where things are in a live view (struct metrics_page in format.h).
+
+    Works on bytes: the reader copies what it wants out of the shared memory first.
+    """
+
+    magic: int = lib.METRICS_MAGIC
+    version: int = lib.METRICS_VERSION
+    header_bytes = ffi.offsetof("struct metrics_page", "state")
+    state = (header_bytes, ffi.offsetof("struct metrics_page", "stage"))
+    stages = (state[1], ffi.offsetof("struct metrics_page", "trace"))
+    traces = (stages[1], ffi.sizeof("struct metrics_page"))
+    trace_bytes = ffi.sizeof("struct metrics_trace")
+    stage_names = [
+        name.removeprefix("METRICS_").lower().replace("_", "-")
+        for number, name in sorted(ffi.typeof("enum metrics_stage").elements.items())
+    ][:-1]
+    bucket_low = [lib.core_metrics_bucket_low(i) for i in range(lib.METRICS_BUCKETS)]
+
+    @staticmethod
+    def parse_header(data: bytes) -> dict[str, Any]:
+        """Fields of metrics_page before `state`."""
+        page = ffi.new("struct metrics_page *")
+        ffi.memmove(page, data, len(data))
+        names = [name for name, _ in ffi.typeof("struct metrics_page").fields]
+        return {name: _plain(getattr(page, name)) for name in names[: names.index("state")]}
+
+    @staticmethod
+    def parse_state(data: bytes) -> dict[str, Any]:
+        """struct metrics_state, nested."""
+        return dict(_plain(ffi.from_buffer("struct metrics_state[]", data)[0]))
+
+    @staticmethod
+    def parse_trace(data: bytes) -> dict[str, Any]:
+        """struct metrics_trace."""
+        return dict(_plain(ffi.from_buffer("struct metrics_trace[]", data)[0]))
+
+
 class Core:
     """The C core of one consistency group, from core_open() to core_close().
 
@@ -322,6 +380,12 @@ class Core:
         text = _text_buffer()
         _check(lib.core_open(self._config, out, text), text)
         self._core = out[0]
+
+    def show(self, fd: int, name: str, control: str) -> None:
+        """Before start(): keep the live view in the shared memory `fd`, of metrics_bytes() zero
+        bytes; name of the group and path of the control socket are noted there. CoreError."""
+        text = _text_buffer()
+        _check(lib.core_metrics(self._live(), fd, name.encode(), control.encode(), text), text)
 
     def start(self) -> None:
         """Start the reactor and the delivery of events; CoreError."""

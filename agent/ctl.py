@@ -20,7 +20,7 @@ from typing import Any
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
-from . import __version__
+from . import __version__, top
 
 EXIT_OK = 0
 EXIT_REFUSED = 1
@@ -137,8 +137,10 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", default=argparse.SUPPRESS,
                         help="print JSON, one document a line")
-    parser.add_argument("-s", "--socket", metavar="SOCK", required=True,
+    common.add_argument("-s", "--socket", metavar="SOCK", default=argparse.SUPPRESS,
                         help="the agent's control socket")
+    parser.add_argument("-s", "--socket", metavar="SOCK",
+                        help="the agent's control socket; only top can do without")
     parser.add_argument("--json", action="store_true", help="print JSON, one document a line")
     parser.add_argument("--version", action="version", version=f"epochctl {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
@@ -149,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
                               help="newest epoch to commit")
     verbs.add_parser("watch", help="print events until interrupted", parents=[common],
                      description="print events until interrupted or until the agent stops")
+    top.add_parser(verbs, common)
     return parser
 
 
@@ -207,15 +210,20 @@ async def _run(options: argparse.Namespace) -> int:
 
 def main() -> int:
     """Entry point of the console script."""
-    options = build_parser().parse_args()
+    parser = build_parser()
+    options = parser.parse_args()
+    if options.verb == "top" and options.interval == 0 and not options.once:
+        parser.error("top: --interval 0 needs --once")
+    if options.verb != "top" and options.socket is None:
+        parser.error("the following arguments are required: -s/--socket")
     # The client library reports lost connections itself; we say it once, in our words.
     logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
     logging.getLogger("qemu.qmp").propagate = False
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        return asyncio.run(_run(options))
+        return top.run(options) if options.verb == "top" else asyncio.run(_run(options))
     except KeyboardInterrupt:
-        return EXIT_OK if options.verb == "watch" else 128 + signal.SIGINT
+        return EXIT_OK if options.verb in ("watch", "top") else 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

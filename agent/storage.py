@@ -44,6 +44,7 @@ log = logging.getLogger("epochd.storage")
 SHM_DIR = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 NOTE_SUFFIX = ".group"
+LIVE_SUFFIX = ".live"
 WORKERS_MAX = 4
 
 
@@ -253,16 +254,43 @@ def open_arena(group: bytes, size_bytes: int) -> Arena:
     return arena
 
 
+def open_live_view(opened: core.Core, arena: str, group_name: str, control: Path) -> str | None:
+    """Make a new live view beside the arena and hand it to the core; return its name.
+
+    None, with a warning, when it cannot be had: the agent serves all the same.
+    """
+    name = f"{arena}{LIVE_SUFFIX}"
+    try:
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(name)  # what a killed agent left
+        memory = posix_ipc.SharedMemory(name, flags=posix_ipc.O_CREX, mode=0o600, size=0)
+        try:
+            os.fchmod(memory.fd, 0o600)
+            os.posix_fallocate(memory.fd, 0, core.metrics_bytes())
+            opened.show(memory.fd, group_name, str(control))
+        except BaseException:
+            memory.unlink()
+            raise
+        finally:
+            memory.close_fd()
+    except (posix_ipc.Error, OSError, core.CoreError) as error:
+        log.warning("no live view at /dev/shm%s: %s", name, error)
+        return None
+    return name
+
+
 class Group:
-    """Images, journal, arena and the core on top; close() lets go of all."""
+    """Images, journal, arena and the core on top; close() lets go of all. `live_view` is the
+    name of the shared memory that `epochctl top` reads, None when there is none."""
 
     def __init__(self, images: list[Image], journal: Journal, arena: Arena, group: bytes,
-                 opened: core.Core) -> None:
+                 opened: core.Core, live_view: str | None) -> None:
         self.images = images
         self.journal = journal
         self.arena = arena
         self.id = uuid.UUID(bytes=group)
         self.core = opened
+        self.live_view = live_view
 
     def release_arena(self) -> bool:
         """After a clean stop: unlink the arena if it holds nothing; True when unlinked."""
@@ -281,6 +309,9 @@ class Group:
     def close(self) -> None:
         """Close the core first, then what it worked on."""
         self.core.close()
+        if self.live_view is not None:
+            with contextlib.suppress(posix_ipc.ExistentialError):
+                posix_ipc.unlink_shared_memory(self.live_view)
         os.close(self.arena.fd)
         os.close(self.journal.fd)
         close_images(self.images)
@@ -355,7 +386,8 @@ def open_group(config: Config, on_event: Callable[[core.Event], None]) -> Group:
             except ArenaError:
                 arena.abandon()
                 raise
-            return Group(images, journal, arena, group, opened)
+            live_view = open_live_view(opened, arena.name, config.name, config.control)
+            return Group(images, journal, arena, group, opened, live_view)
         except BaseException:
             os.close(journal.fd)
             raise

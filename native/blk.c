@@ -88,7 +88,7 @@ static void request_finish(struct request *q)
 {
     struct group *g = &q->blk->core->group;
 
-    metrics_add(&g->metrics, q->stage, g->now_ns - q->fetched_ns, 1);
+    metrics_late(&g->metrics, q->stage, q->fetched_ns, g->now_ns);
     metrics_trace_late(&g->metrics, &q->trace, q->status);
     /* A front end that went away is not written to. */
     if (q->ring->used && !q->unreachable)

@@ -228,6 +228,11 @@ uint64_t core_metrics_bytes(void)
     return sizeof(struct metrics_page);
 }
 
+uint64_t core_metrics_bucket_low(uint32_t bucket)
+{
+    return metrics_bucket_low(bucket);
+}
+
 int core_metrics(core *c, int fd, const char *name, const char *control, char *text)
 {
     struct group *g = &c->reactor.group;

@@ -171,6 +171,7 @@ int core_start(core *c, char *text);
 /* Live view, before core_start(): core_metrics_bytes() bytes of shared memory, all zero, that
  * hold a metrics_page (format.h) until core_close(). fd stays the caller's. */
 uint64_t core_metrics_bytes(void);
+uint64_t core_metrics_bucket_low(uint32_t bucket); /* smallest ns that it counts */
 int core_metrics(core *c, int fd, const char *name, const char *control, char *text);
 void core_stop(core *c, uint64_t token);
 int core_arena_idle(core *c);

@@ -108,6 +108,14 @@ void metrics_trace_late(struct metrics *m, struct metrics_trace *trace, uint8_t 
     put_trace(m, trace);
 }
 
+void metrics_late(struct metrics *m, enum metrics_stage stage, uint64_t fetched_ns,
+                  uint64_t now_ns)
+{
+    if (now_ns == fetched_ns) /* within one round: the round's clock says nothing */
+        now_ns = clock_ns();
+    metrics_add(m, stage, now_ns - fetched_ns, 1);
+}
+
 /* ---- Rounds ---------------------------------------------------------------------------------- */
 
 __attribute__((noinline)) static void publish_traces(struct metrics *m, uint64_t now_ns)

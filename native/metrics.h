@@ -98,6 +98,10 @@ static inline void metrics_answered(struct metrics *m, enum metrics_stage stage)
     m->answered[stage]++;
 }
 
+/* A request that had to wait is answered. */
+void metrics_late(struct metrics *m, enum metrics_stage stage, uint64_t fetched_ns,
+                  uint64_t now_ns);
+
 /* ---- Rounds --------------------------------------------------------------------------------- */
 
 /* At the start of a round, after one that did something: how long that one took. */

@@ -394,7 +394,8 @@ class Daemon:
         assert self.process is None
         for path in self.shm:
             path.unlink(missing_ok=True)
-            path.with_name(f"{path.name}.group").unlink(missing_ok=True)
+            for note in (".group", ".live"):
+                path.with_name(f"{path.name}{note}").unlink(missing_ok=True)
 
     def complaints(self) -> list[str]:
         """Lines of the log that tell of a bug: sanitizer reports, tracebacks, assertions."""
