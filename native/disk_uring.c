@@ -13,7 +13,7 @@
 #include "check.h"
 
 #define DEPTH 256u               /* operations given to the kernel at once */
-#define WATCH_BIT 1ull           /* user_data of a watch: tag << 1 | 1; operations are even */
+#define WATCH_BIT 1ull           /* user_data of a watch, see watch_data(); operations are even */
 #define IGNORE ((uint64_t)-1)    /* user_data of a poll removal */
 #define BUFFER_PIECE (1ull << 30) /* the kernel's limit for one registered buffer */
 
@@ -25,7 +25,13 @@ struct disk_uring {
     uint8_t *buffer;
     uint64_t buffer_bytes;
     int watch_fd[DISK_URING_TAGS];
+    uint32_t watch_turn[DISK_URING_TAGS]; /* tells a watch from earlier ones of its tag */
 };
+
+static uint64_t watch_data(const struct disk_uring *u, uint32_t tag)
+{
+    return (uint64_t)u->watch_turn[tag] << 16 | (uint64_t)tag << 1 | WATCH_BIT;
+}
 
 static struct io_uring_sqe *get_sqe(struct disk_uring *u)
 {
@@ -162,7 +168,7 @@ static void arm(struct disk_uring *u, uint32_t tag)
     struct io_uring_sqe *sqe = get_sqe(u);
 
     io_uring_prep_poll_multishot(sqe, u->watch_fd[tag], POLLIN);
-    sqe->user_data = (uint64_t)tag << 1 | WATCH_BIT;
+    sqe->user_data = watch_data(u, tag);
 }
 
 /* Never waits: a front end shares the descriptor's flags, so O_NONBLOCK is not enough. */
@@ -182,10 +188,13 @@ static void take_count(int fd)
 
 static void woken(struct disk_uring *u, const struct io_uring_cqe *cqe)
 {
-    uint32_t tag = (uint32_t)(cqe->user_data >> 1);
+    uint32_t tag = (uint32_t)(cqe->user_data >> 1) % DISK_URING_TAGS;
 
-    /* The end of a watch that was removed, or a descriptor that cannot be polled. */
-    if (u->watch_fd[tag] < 0 || (cqe->res <= 0 && cqe->res != -ENOMEM))
+    /* Of a watch that was removed: to arm it would leave a second one behind. */
+    if (u->watch_fd[tag] < 0 || cqe->user_data != watch_data(u, tag))
+        return;
+    /* A descriptor that cannot be polled would be armed for ever; all else passes. */
+    if (cqe->res == -EBADF || cqe->res == -EPERM || cqe->res == -EINVAL || cqe->res == -EOPNOTSUPP)
         return;
     take_count(u->watch_fd[tag]);
     if (!(cqe->flags & IORING_CQE_F_MORE))
@@ -254,8 +263,7 @@ void disk_uring_watch(struct disk_uring *u, int fd, uint32_t tag)
 {
     check(tag < DISK_URING_TAGS && u->watch_fd[tag] < 0);
     u->watch_fd[tag] = fd;
-    /* A removed watch of this tag may still be armed for a moment: removal and poll are
-     * taken by the kernel in order, so arming again here is safe. */
+    u->watch_turn[tag]++;
     arm(u, tag);
 }
 
@@ -267,7 +275,7 @@ void disk_uring_unwatch(struct disk_uring *u, uint32_t tag)
         return;
     u->watch_fd[tag] = -1;
     sqe = get_sqe(u);
-    io_uring_prep_poll_remove(sqe, (uint64_t)tag << 1 | WATCH_BIT);
+    io_uring_prep_poll_remove(sqe, watch_data(u, tag));
     sqe->user_data = IGNORE;
     io_uring_submit(&u->ring); /* before the caller closes the descriptor */
 }

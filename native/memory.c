@@ -15,25 +15,49 @@
 
 typedef unsigned long long ull;
 
-/* Mappings that the handler knows. A slot is taken and given back by compare-and-swap. */
+/* What the handler knows of mappings; nothing that another thread may free under it. It skips
+ * an entry that is being changed: a mapping that somebody touches is not being freed. */
 #define MAPPINGS_MAX (CORE_DISKS_MAX * (CORE_REGIONS_MAX + 2))
-static struct mapping *known[MAPPINGS_MAX];
+struct known {
+    uint32_t taken;             /* by compare-and-swap */
+    uint32_t turn;              /* odd while first and end change */
+    uintptr_t first, end;
+    uint32_t lost;
+};
+static struct known known[MAPPINGS_MAX];
 uint32_t span_faults;
+
+static void know(struct known *k, uintptr_t first, uint64_t bytes)
+{
+    __atomic_add_fetch(&k->turn, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&k->first, first, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&k->end, first + bytes, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&k->lost, 0, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&k->turn, 1, __ATOMIC_SEQ_CST);
+}
+
+static bool known_at(struct known *k, uintptr_t at, uintptr_t *first, uintptr_t *end)
+{
+    uint32_t turn = __atomic_load_n(&k->turn, __ATOMIC_SEQ_CST);
+
+    *first = __atomic_load_n(&k->first, __ATOMIC_SEQ_CST);
+    *end = __atomic_load_n(&k->end, __ATOMIC_SEQ_CST);
+    return turn % 2 == 0 && turn == __atomic_load_n(&k->turn, __ATOMIC_SEQ_CST) &&
+           at >= *first && at < *end;
+}
 
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
-    uintptr_t at = (uintptr_t)info->si_addr;
+    uintptr_t at = (uintptr_t)info->si_addr, first, end;
 
     (void)context;
     for (uint32_t i = 0; i < MAPPINGS_MAX; i++) {
-        struct mapping *m = __atomic_load_n(&known[i], __ATOMIC_ACQUIRE);
-
-        if (!m || at < (uintptr_t)m->base || at >= (uintptr_t)m->base + m->bytes)
+        if (!known_at(&known[i], at, &first, &end))
             continue;
-        if (mmap(m->base, m->bytes, PROT_READ | PROT_WRITE,
+        if (mmap((void *)first, end - first, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
             break;
-        __atomic_store_n(&m->lost, 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&known[i].lost, 1, __ATOMIC_RELEASE);
         __atomic_add_fetch(&span_faults, 1, __ATOMIC_RELEASE);
         return;
     }
@@ -70,10 +94,12 @@ int mapping_create(int fd, uint64_t bytes, struct mapping **out, char *text)
         goto failed;
     madvise(m->base, bytes, MADV_DONTDUMP);
     for (uint32_t i = 0; i < MAPPINGS_MAX; i++) {
-        struct mapping *none = NULL;
+        uint32_t no = 0;
 
-        if (__atomic_compare_exchange_n(&known[i], &none, m, false, __ATOMIC_ACQ_REL,
+        if (__atomic_compare_exchange_n(&known[i].taken, &no, 1, false, __ATOMIC_ACQ_REL,
                                         __ATOMIC_RELAXED)) {
+            know(&known[i], (uintptr_t)m->base, bytes);
+            m->lost = &known[i].lost;
             *out = m;
             return 0;
         }
@@ -90,16 +116,21 @@ void mapping_free(struct mapping *m)
 {
     if (!m)
         return;
-    for (uint32_t i = 0; i < MAPPINGS_MAX; i++)
-        if (__atomic_load_n(&known[i], __ATOMIC_RELAXED) == m)
-            __atomic_store_n(&known[i], NULL, __ATOMIC_RELEASE);
-    munmap(m->base, m->bytes);
+    if (m->lost) {
+        struct known *k = (struct known *)((uint8_t *)m->lost - offsetof(struct known, lost));
+
+        know(k, 0, 0); /* before the address may be somebody else's */
+        munmap(m->base, m->bytes);
+        __atomic_store_n(&k->taken, 0, __ATOMIC_RELEASE);
+    } else {
+        munmap(m->base, m->bytes);
+    }
     free(m);
 }
 
 bool mapping_lost(const struct mapping *m)
 {
-    return m && __atomic_load_n(&m->lost, __ATOMIC_ACQUIRE);
+    return m && m->lost && __atomic_load_n(m->lost, __ATOMIC_ACQUIRE);
 }
 
 static int by_guest(const void *a, const void *b)

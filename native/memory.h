@@ -20,7 +20,7 @@
 struct mapping {
     void *base;
     uint64_t bytes;
-    uint32_t lost;              /* set by the SIGBUS handler */
+    uint32_t *lost;             /* set by the SIGBUS handler, in a table of its own */
 };
 
 struct memory_region {

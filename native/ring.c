@@ -246,8 +246,10 @@ bool ring_has_work(const struct ring *r)
         return false;
     if (r->held && !epoch_room(&r->blk->core->group, r->held_blocks))
         return false;
+    /* More than the ring holds comes from a driver that breaks the rules; it waits. */
     return r->resubmit_next < r->resubmits ||
-           __atomic_load_n(&r->avail->idx, __ATOMIC_ACQUIRE) != r->last_avail;
+           (r->inflight < r->size &&
+            __atomic_load_n(&r->avail->idx, __ATOMIC_ACQUIRE) != r->last_avail);
 }
 
 void ring_call(struct ring *r)

@@ -342,6 +342,20 @@ static void a_stop_answers_what_it_has_taken(void **state)
 }
 
 /* Heads are noted by the size of the region that was there when they were answered. */
+/* Only a driver that breaks the rules has more out than the ring holds. */
+static void a_ring_that_is_full_of_waiting_requests_has_no_work(void **state)
+{
+    struct scene *s = *state;
+
+    begin_flush(s, 8);
+    s->avail->idx++;
+    assert_true(ring_has_work(s->ring));
+    s->ring->inflight += RING_SIZE - 1; /* the reactor would spin until they are answered */
+    assert_false(ring_has_work(s->ring));
+    s->ring->inflight -= RING_SIZE - 1;
+    s->avail->idx--;
+}
+
 static void fail_journal(struct scene *s, int error)
 {
     s->bench.disk.fail[DISK_JOURNAL][DISK_WRITE] = error;
@@ -557,6 +571,7 @@ int main(void)
         CASE(a_reset_ends_a_stop_that_waits),
         CASE(a_reset_waits_for_reads_and_answers_none),
         CASE(a_stop_answers_what_it_has_taken),
+        CASE(a_ring_that_is_full_of_waiting_requests_has_no_work),
         CASE(a_stop_waits_a_bounded_time_for_a_journal_that_fails),
         CASE(a_stop_gives_a_failing_journal_its_time),
         CASE(a_stop_waits_a_bounded_time_for_room_for_resubmits),
