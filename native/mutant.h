@@ -21,7 +21,6 @@ enum mutant {
     MUTANT_SUPER_NEXT_SLOT,       /* after a failed write, the other slot */
     MUTANT_NO_VOID_ON_DISCARD,    /* leave a failed commit's record at the tail */
     MUTANT_NO_VOID_ON_RECOVERY,   /* leave a torn record at the tail */
-    MUTANT_VOID_BEFORE_SUPER,     /* void the tail by a superblock that may be in a cache only */
     MUTANT_SKIP_FRAME_CRC,        /* trust the frames of a record */
     MUTANT_SKIP_TABLE_CRC,        /* trust the table of a record */
     MUTANT_NO_RECOVERY_REWRITE,   /* believe the cache, without the arena */

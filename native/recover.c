@@ -637,8 +637,6 @@ static int recover(struct recovery *r)
         error = search_behind_tail(r);
     if (!error)
         error = make_durable(r);
-    if (!error && mutant(MUTANT_VOID_BEFORE_SUPER))
-        error = void_tail(r);
     if (!error)
         error = r->fresh ? begin_fresh(r) : create_uncommitted(r);
     if (!error)

@@ -26,7 +26,7 @@
 
 #define SIM_PAGE 4096u
 #define SIM_FLYING_MAX 128u
-#define SIM_WRITES_MAX 4096u
+#define SIM_WRITES_MAX 16384u
 #define SIM_FILES_MAX 4u
 #define SIM_LOG_MAX 96u
 
