@@ -451,6 +451,7 @@ int main(void)
         ROW(a_lost_superblock_may_have_reserved_ids),
         ROW(promote_survives_the_loss_of_a_superblock),
         ROW(an_unacknowledged_record_is_not_believed),
+        ROW(the_tail_is_voided_once_the_superblock_is_durable),
         ROW(a_lost_acknowledged_record_is_committed_anew),
         ROW(a_discard_that_was_under_way_is_finished),
         ROW(an_arena_behind_the_journal_is_refused),
