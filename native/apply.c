@@ -183,8 +183,8 @@ static void batch_expand(struct job *job, struct worker *w)
     for (uint32_t i = 0; i < b->blocks && !b->error; i++) {
         const struct index_slot *s = &a->entry[b->first + i];
 
-        b->error = frame_expand(arena_frame(&a->group->arena, s->loc), s->mask,
-                                b->buffer + (uint64_t)i * BLOCK_BYTES, w->expand, w->scratch);
+        b->error = frame_expand(&w->expand, &a->group->arena, s->loc, index_slot_block(s),
+                                s->mask, b->buffer + (uint64_t)i * BLOCK_BYTES);
     }
 }
 

@@ -127,7 +127,8 @@ uint32_t arena_segment_take(struct arena *a, uint64_t epoch, enum segment_state 
         return SEGMENT_NONE;
     segment = a->free_stack[--a->free_count];
     a->next[segment] = a->previous[segment] = SEGMENT_NONE;
-    a->use[segment] = (struct segment_use){.worn_at = UINT32_MAX};
+    a->use[segment] = (struct segment_use){.worn_at = UINT32_MAX,
+                                           .generation = a->use[segment].generation + 1};
     a->desc[segment].epoch = epoch;
     a->desc[segment].tail = 0;
     __atomic_store_n(&a->desc[segment].state, state, __ATOMIC_RELEASE);
@@ -146,7 +147,8 @@ bool frame_plausible(const struct frame_header *h, uint32_t room)
 {
     uint32_t sectors = (uint32_t)__builtin_popcount(h->mask);
 
-    if (room < sizeof(*h) || h->payload_bytes > BLOCK_BYTES || frame_bytes(h->payload_bytes) > room)
+    if (room < sizeof(*h) || h->payload_bytes > CLUSTER_BYTES ||
+        frame_bytes(h->payload_bytes) > room)
         return false;
     if (h->mask == 0 || h->block >> 48 || h->disk >= CORE_DISKS_MAX || h->blocks == 0 ||
         h->blocks > (1u << 31))
@@ -156,6 +158,10 @@ bool frame_plausible(const struct frame_header *h, uint32_t room)
         return h->blocks == 1 && h->payload_bytes == sectors * SECTOR_BYTES;
     case FRAME_ZSTD:
         return h->blocks == 1 && h->payload_bytes > 0 && h->payload_bytes < sectors * SECTOR_BYTES;
+    case FRAME_CLUSTER:
+        return h->mask == MASK_FULL && h->blocks > 1 && h->blocks <= CLUSTER_BLOCKS &&
+               h->payload_bytes > h->blocks * sizeof(uint64_t) &&
+               h->payload_bytes < h->blocks * BLOCK_BYTES;
     case FRAME_ZERO:
         return h->payload_bytes == 0 && (h->blocks == 1 || h->mask == MASK_FULL);
     default:

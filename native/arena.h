@@ -28,6 +28,7 @@ struct segment_use {
     uint32_t slots;         /* index slots that were pointed into it */
     uint32_t dead;          /* of those, how many point elsewhere by now */
     uint32_t worn_at;       /* `dead` at which pack_worn() has to look; UINT32_MAX: never */
+    uint32_t generation;    /* how often the segment was taken */
 };
 
 struct arena {

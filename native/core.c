@@ -196,7 +196,7 @@ int core_open(const core_config *config, core **out, char *text)
     r = &c->reactor;
     r->group.event = emit;
     r->group.event_owner = r;
-    r->group.worker.wake_fd = -1;
+    r->group.worker.wake_fd = r->group.packer.wake_fd = -1;
     r->wake_fd = r->event_fd = -1;
     error = check_config(config, text);
     if (!error)

@@ -219,6 +219,12 @@ static inline void repoint(struct group *g, struct epoch *e, struct index_slot *
         slot_dies(g, e, old);
 }
 
+void epoch_point(struct group *g, struct epoch *e, struct index_slot *s, arena_loc loc,
+                 uint8_t mask)
+{
+    repoint(g, e, s, loc, mask);
+}
+
 struct emptying {
     struct group *g;
     struct epoch *e;
@@ -232,8 +238,8 @@ static void slot_emptied(void *owner, const struct index_slot *s)
     slot_dies(m->g, m->e, s->loc);
 }
 
-static int put_range(struct group *g, struct epoch *e, uint32_t disk, uint64_t first, uint64_t end,
-                     uint32_t flags)
+int epoch_put_range(struct group *g, struct epoch *e, uint32_t disk, uint64_t first, uint64_t end,
+                    uint32_t flags)
 {
     struct emptying m = {.g = g, .e = e};
 
@@ -261,8 +267,7 @@ static int merge(struct group *g, struct epoch *e, const struct index_slot *s, u
         memset(g->scratch, 0, BLOCK_BYTES);
         have = MASK_FULL;
     } else if (have & ~mask) {
-        error = frame_expand(arena_frame(&g->arena, s->loc), have & ~mask, g->scratch, g->expand,
-                             g->scratch + BLOCK_BYTES);
+        error = frame_expand(&g->expand, &g->arena, s->loc, block, have & ~mask, g->scratch);
         if (error)
             return error;
     }
@@ -400,7 +405,7 @@ static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t
     int error;
 
     if (blocks > ZERO_SLOTS_MAX) {
-        error = put_range(g, e, disk, block, block + blocks, flags);
+        error = epoch_put_range(g, e, disk, block, block + blocks, flags);
         if (error)
             return error;
     }
@@ -454,50 +459,31 @@ int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors
 
 /* ---- Reading -------------------------------------------------------------------------- */
 
-int frame_expand(const struct frame_header *h, uint8_t want, uint8_t *out, ZSTD_DCtx *context,
-                 uint8_t *scratch)
+/* All of the block, when that lies somewhere as it is; else NULL. */
+static const uint8_t *whole_block(struct group *g, arena_loc loc, uint64_t block, int *error)
 {
-    const uint8_t *payload = (const uint8_t *)(h + 1);
-    uint32_t bytes = mask_bytes(h->mask);
+    const struct frame_header *h = arena_frame(&g->arena, loc);
+    const uint8_t *cluster;
 
-    if (h->kind == FRAME_ZSTD) {
-        bool whole = h->mask == MASK_FULL && want == MASK_FULL;
-        uint8_t *to = whole ? out : scratch;
-
-        if (ZSTD_decompressDCtx(context, to, bytes, payload, h->payload_bytes) != bytes)
-            return -EIO;
-        if (whole)
-            return 0;
-        payload = scratch;
-    } else if (h->kind == FRAME_RAW && h->mask == MASK_FULL && want == MASK_FULL) {
-        memcpy(out, payload, BLOCK_BYTES);
-        return 0;
-    }
-    for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
-        if (want & 1u << i) {
-            if (h->kind == FRAME_ZERO)
-                memset(out + i * SECTOR_BYTES, 0, SECTOR_BYTES);
-            else
-                memcpy(out + i * SECTOR_BYTES, payload, SECTOR_BYTES);
-        }
-        if (h->mask & 1u << i)
-            payload += SECTOR_BYTES;
-    }
-    return 0;
-}
-
-/* The wanted sectors as one run inside of a raw whole-block frame, or NULL. */
-static const uint8_t *raw_run(const struct frame_header *h, uint8_t want)
-{
-    if (h->kind != FRAME_RAW || h->mask != MASK_FULL)
+    if (h->mask != MASK_FULL)
         return NULL;
-    return (const uint8_t *)(h + 1) + (uint32_t)__builtin_ctz(want) * SECTOR_BYTES;
+    if (h->kind == FRAME_RAW)
+        return (const uint8_t *)(h + 1);
+    if (h->kind != FRAME_CLUSTER)
+        return NULL;
+    cluster = cluster_expand(&g->expand, &g->arena, loc);
+    if (!cluster) {
+        *error = -EIO;
+        return NULL;
+    }
+    return cluster + (block - h->block) * BLOCK_BYTES;
 }
 
 int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uint8_t *out,
                const uint8_t **direct)
 {
     uint8_t found = 0;
+    int error = 0;
 
     *direct = NULL;
     for (uint32_t i = g->epochs; i-- > 0 && found != want;) {
@@ -506,11 +492,13 @@ int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uin
         uint8_t here = s ? s->mask & want & ~found : 0;
 
         if (here) {
-            const struct frame_header *h = arena_frame(&g->arena, s->loc);
+            const uint8_t *at = here == want ? whole_block(g, s->loc, block, &error) : NULL;
 
-            if (here == want && (*direct = raw_run(h, want)))
+            if (at) {
+                *direct = at + (uint32_t)__builtin_ctz(want) * SECTOR_BYTES;
                 return want;
-            if (frame_expand(h, here, out, g->expand, g->scratch + BLOCK_BYTES))
+            }
+            if (error || frame_expand(&g->expand, &g->arena, s->loc, block, here, out))
                 return -EIO;
             found |= here;
         }
@@ -522,104 +510,4 @@ int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uin
         }
     }
     return found;
-}
-
-/* ---- Rebuilding the index ------------------------------------------------------------- */
-
-struct seen {
-    uint64_t seq;
-    arena_loc loc;
-};
-
-static int by_seq(const void *a, const void *b)
-{
-    uint64_t x = ((const struct seen *)a)->seq, y = ((const struct seen *)b)->seq;
-
-    return x < y ? -1 : x > y;
-}
-
-/* Is all of the frame on a disk of the group? Applied, it would go beyond the image. */
-static bool on_disk(const struct group *g, const struct frame_header *h)
-{
-    uint64_t end = (h->block + h->blocks - 1) * BLOCK_SECTORS + 32 -
-                   (uint32_t)__builtin_clz(h->mask);
-
-    return h->disk < g->config.disks && end * SECTOR_BYTES <= g->config.disk[h->disk].size_bytes;
-}
-
-static int collect(struct group *g, const struct segment_list *l, struct seen **seen,
-                   uint64_t *count, uint64_t *max)
-{
-    for (uint32_t n = 0, segment = l->first; n < l->count; n++, segment = g->arena.next[segment]) {
-        uint32_t tail = arena_tail(&g->arena, segment), offset = 0, at = 0;
-        struct frame_header *h;
-
-        while ((h = arena_frame_next(&g->arena, segment, tail, &offset))) {
-            if (!on_disk(g, h))
-                return -EILSEQ;
-            if (*count == *max) {
-                uint64_t more = *max ? *max * 2 : 4096;
-                struct seen *grown = realloc(*seen, more * sizeof(**seen));
-                if (!grown)
-                    return -ENOMEM;
-                *seen = grown;
-                *max = more;
-            }
-            (*seen)[(*count)++] = (struct seen){.seq = h->seq, .loc = arena_loc_of(segment, at)};
-            at = offset;
-        }
-        if (offset != tail)
-            return -EILSEQ; /* below a published tail all frames are whole */
-    }
-    return 0;
-}
-
-static int reindex_frame(struct group *g, struct epoch *e, const struct frame_header *h,
-                         arena_loc loc)
-{
-
-    if (h->kind == FRAME_ZERO && h->blocks > ZERO_SLOTS_MAX) {
-        g->arena.use[arena_loc_segment(loc)].slots++;
-        return put_range(g, e, h->disk, h->block, h->block + h->blocks, h->flags);
-    }
-    for (uint32_t i = 0; i < h->blocks; i++) {
-        struct index_slot *s = index_slot(&e->index, h->disk, h->block + i, 0);
-
-        if (!s)
-            return -ENOMEM;
-        e->logical_bytes += (uint32_t)__builtin_popcount(h->mask) * SECTOR_BYTES;
-        e->logical_bytes -= (uint32_t)__builtin_popcount(s->mask) * SECTOR_BYTES;
-        repoint(g, e, s, loc, h->mask);
-    }
-    return 0;
-}
-
-int epoch_reindex(struct group *g, struct epoch *e)
-{
-    struct seen *seen = NULL;
-    uint64_t count = 0, max = 0;
-    int error;
-
-    error = collect(g, &e->raw_list, &seen, &count, &max);
-    if (!error)
-        error = collect(g, &e->kept_list, &seen, &count, &max);
-    if (!error && count > 0) {
-        qsort(seen, count, sizeof(*seen), by_seq);
-        if (seen[0].seq < g->seq) /* written before an older epoch's: not of this epoch */
-            error = -EILSEQ;
-        if (seen[count - 1].seq >= g->seq && !mutant(MUTANT_FORGET_SEQ))
-            g->seq = seen[count - 1].seq + 1;
-        if (!error)
-            error = index_reserve(&e->index, count);
-    }
-    for (uint64_t i = 0; i < count && !error; i++) {
-        const struct frame_header *h = arena_frame(&g->arena, seen[i].loc);
-
-        e->stored_bytes += frame_bytes(h->payload_bytes);
-        error = reindex_frame(g, e, h, seen[i].loc);
-    }
-    free(seen);
-    if (!error && !e->frozen)
-        pack_recounted(g, e);
-    return error;
 }

@@ -14,7 +14,6 @@
 
 #include <stdbool.h>
 #include <stdint.h>
-#include <zstd.h>
 
 #include "arena.h"
 #include "core.h"
@@ -97,11 +96,13 @@ int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors
 int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uint8_t *out,
                const uint8_t **direct);
 
-/* Expands the wanted sectors of one frame to their places in out (BLOCK_BYTES). */
-int frame_expand(const struct frame_header *h, uint8_t want, uint8_t *out, ZSTD_DCtx *context,
-                 uint8_t *scratch);
-
-/* For recovery: enters frames that already lie in the epoch's segments, in seq order. */
+/* For recovery (reindex.c): enters frames that already lie in the epoch's segments, in seq
+ * order. -EILSEQ: bytes that are no frame, or of no disk, or of another epoch's time. */
 int epoch_reindex(struct group *g, struct epoch *e);
+/* Points the block's slot at a newer frame, or makes blocks a zero range; counts what dies. */
+void epoch_point(struct group *g, struct epoch *e, struct index_slot *s, arena_loc loc,
+                 uint8_t mask);
+int epoch_put_range(struct group *g, struct epoch *e, uint32_t disk, uint64_t first, uint64_t end,
+                    uint32_t flags);
 
 #endif

@@ -31,6 +31,8 @@ enum frame_kind {
     FRAME_RAW = 1,   /* payload: the sectors named by mask, in order, 512 bytes each */
     FRAME_ZSTD = 2,  /* payload: one zstd frame that expands to the same */
     FRAME_ZERO = 3,  /* no payload: `blocks` blocks (or the masked sectors of one) are zero */
+    FRAME_CLUSTER = 4, /* payload: the seq of each of `blocks` neighbouring whole blocks, then
+                          one zstd frame that expands to them */
 };
 
 #define FRAME_UNMAP 1u             /* ZERO only: the image may give the space back */
@@ -44,7 +46,7 @@ struct frame_header {
     uint64_t seq;           /* write order in the group: the newest frame of a sector wins,
                                whatever the order in which segments are read */
     uint64_t block;         /* first 4 KiB block, 48 bits used */
-    uint32_t blocks;        /* 1; ZERO frames may cover more, then mask is MASK_FULL */
+    uint32_t blocks;        /* 1; ZERO may cover more, CLUSTER does, then mask is MASK_FULL */
     uint8_t disk;           /* index in the group's disk table */
     uint8_t kind;           /* enum frame_kind */
     uint8_t mask;           /* sectors of the block that this frame carries */
@@ -54,7 +56,18 @@ _Static_assert(sizeof(struct frame_header) == 32, "frames are found by adding si
 _Static_assert(offsetof(struct frame_header, seq) == 8, "no padding");
 _Static_assert(sizeof(struct frame_header) % FRAME_ALIGN == 0, "a zero frame fills its slot");
 
-#define FRAME_BYTES_MAX (sizeof(struct frame_header) + BLOCK_BYTES)
+#define FRAME_BYTES_MAX (sizeof(struct frame_header) + BLOCK_BYTES) /* of one block */
+
+/* A cluster's members are read one by one, at the price of expanding all of it: 32 KiB. More
+ * of them would compress little better (a few percent at 16). */
+#define CLUSTER_BLOCKS 8u
+#define CLUSTER_BYTES (CLUSTER_BLOCKS * BLOCK_BYTES)
+
+/* The seqs of a cluster's blocks, `blocks` of them. Its own seq is the highest. */
+static inline const uint64_t *cluster_seq(const struct frame_header *h)
+{
+    return (const uint64_t *)(h + 1);
+}
 
 static inline uint32_t frame_bytes(uint32_t payload_bytes)
 {
@@ -65,7 +78,7 @@ static inline uint32_t frame_bytes(uint32_t payload_bytes)
 /* ---- Arena: one POSIX shared-memory object ------------------------------------------- */
 
 #define ARENA_MAGIC 0x414e455241435045ull /* "EPCARENA" */
-#define ARENA_VERSION 1u
+#define ARENA_VERSION 2u           /* 2: clusters */
 #ifndef SEGMENT_BYTES               /* the simulator has smaller ones, see tests/sim */
 #define SEGMENT_BYTES 262144u      /* one journal write; small, so that a small epoch that
                                       takes a whole segment wastes little */
@@ -119,7 +132,7 @@ _Static_assert(sizeof(struct segment_desc) == 16, "the table is an array");
 
 #define JOURNAL_MAGIC 0x314c4e524a435045ull /* "EPCJRNL1" */
 #define RECORD_MAGIC 0x3144524352435045ull  /* "EPCRCRD1" */
-#define JOURNAL_VERSION 1u
+#define JOURNAL_VERSION 2u           /* 2: clusters */
 #define JOURNAL_LOG_OFFSET 1048576u  /* first byte of the ring */
 #define JOURNAL_SUPER_SLOTS 3u       /* written in turn: the last one may be torn, or only in a
                                         cache since a failed flush; the one before it is whole */

@@ -8,12 +8,15 @@
 
 int group_start(struct group *g, int notify_fd, bool inline_jobs)
 {
-    return worker_start(&g->worker, notify_fd, inline_jobs);
+    int error = worker_start(&g->worker, notify_fd, inline_jobs, false);
+
+    return error ? error : worker_start(&g->packer, notify_fd, inline_jobs, true);
 }
 
 void group_close(struct group *g)
 {
     worker_stop(&g->worker);
+    worker_stop(&g->packer);
     checkpoint_free(g);
     while (g->epochs > 0) {
         struct epoch *e = g->epoch[--g->epochs];
@@ -25,9 +28,8 @@ void group_close(struct group *g)
     pack_free(g);
     journal_free(&g->journal);
     arena_detach(&g->arena);
-    ZSTD_freeDCtx(g->expand);
+    expander_stop(&g->expand);
     free(g->scratch);
-    g->expand = NULL;
     g->scratch = NULL;
 }
 
@@ -35,6 +37,7 @@ bool group_step(struct group *g)
 {
     bool moved = worker_reap(&g->worker) > 0;
 
+    moved |= worker_reap(&g->packer) > 0;
     moved |= checkpoint_step(g);
     moved |= journal_step(g);
     moved |= apply_step(g);
@@ -58,7 +61,8 @@ uint64_t group_timer(const struct group *g)
     if (commit <= g->now_ns)
         commit = 0;
     return earlier(g->apply.retry_ns,
-                   earlier(commit, c->limit_retry_ns > g->now_ns ? c->limit_retry_ns : 0));
+                   earlier(earlier(commit, pack_timer(g)),
+                           c->limit_retry_ns > g->now_ns ? c->limit_retry_ns : 0));
 }
 
 void group_emit(struct group *g, core_event *event)

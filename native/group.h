@@ -10,7 +10,6 @@
 
 #include <stdbool.h>
 #include <stdint.h>
-#include <zstd.h>
 
 #include "apply.h"
 #include "arena.h"
@@ -18,6 +17,7 @@
 #include "core.h"
 #include "disk.h"
 #include "epoch.h"
+#include "expand.h"
 #include "journal.h"
 #include "metrics.h"
 #include "pack.h"
@@ -35,6 +35,7 @@ struct group_stats {
     uint64_t compressed_frames, incompressible_frames, zero_frames, dropped_frames;
     uint64_t compress_ns, commit_ns_last, seal_ns_last, apply_ns_last;
     uint64_t journal_bytes, image_bytes;
+    uint64_t clusters, pack_bytes_in, pack_bytes_out;
 };
 
 struct group {
@@ -51,9 +52,9 @@ struct group {
     bool batching;              /* see epoch_batch_begin() */
     uint64_t expected_blocks;   /* size hint for the next epoch's index */
     uint64_t now_ns;            /* CLOCK_MONOTONIC, as of this round */
-    ZSTD_DCtx *expand;
-    uint8_t *scratch;           /* 2 x BLOCK_BYTES */
-    struct worker worker;
+    struct expander expand;     /* the reactor's */
+    uint8_t *scratch;           /* BLOCK_BYTES */
+    struct worker worker, packer; /* what somebody waits for; compression */
     struct journal journal;
     struct apply apply;
     struct pack pack;
@@ -69,7 +70,7 @@ struct group {
 
 /* Opens journal and arena on the given seam and recovers; see recover.c for the table. */
 int group_open(struct group *g, const core_config *config, struct disk *disk, char *text);
-/* Starts the helper. */
+/* Starts the helpers. */
 int group_start(struct group *g, int notify_fd, bool inline_jobs);
 void group_close(struct group *g);
 

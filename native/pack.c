@@ -1,108 +1,37 @@
-/* pack.c - see pack.h. */
+/* pack.c - see pack.h: the reactor's part, what to pack and when. */
 #include "pack.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-#include "checksum.h"
 #include "crash.h"
 #include "group.h"
 
 int pack_init(struct group *g)
 {
-    segment_list_init(&g->pack.dead_list);
-    g->pack.frame = calloc(PACK_FRAMES_MAX, sizeof(*g->pack.frame));
-    return g->pack.frame ? 0 : -ENOMEM;
+    struct pack *p = &g->pack;
+
+    p->group = g;
+    segment_list_init(&p->dead_list);
+    p->frame = calloc(PACK_FRAMES_MAX, sizeof(*p->frame));
+    p->block = calloc(PACK_BLOCKS_MAX, sizeof(*p->block));
+    p->move = calloc(PACK_FRAMES_MAX * 2, sizeof(*p->move));
+    p->plain = malloc(CLUSTER_BYTES);
+    p->squeezed = malloc(CLUSTER_BYTES);
+    return p->frame && p->block && p->move && p->plain && p->squeezed ? 0 : -ENOMEM;
 }
 
 void pack_free(struct group *g)
 {
-    free(g->pack.frame);
-    g->pack.frame = NULL;
-}
+    struct pack *p = &g->pack;
 
-/* ---- On the helper -------------------------------------------------------------------- */
-
-/* The next frame's header in the output; goes over to the spare segment when full. */
-static struct frame_header *out_begin(struct pack *p, struct arena_cursor *at, uint32_t payload)
-{
-    if (!arena_fits(at, payload)) {
-        check(!p->spare_used); /* no frame grows, so one segment takes all of the source */
-        p->spare_used = true;
-        *at = (struct arena_cursor){.segment = p->spare};
-    }
-    return arena_frame_begin(&p->group->arena, at);
-}
-
-static void pack_one(struct pack *p, struct worker *w, struct arena_cursor *at,
-                     struct pack_frame *f)
-{
-    const struct frame_header *from = arena_frame(&p->group->arena, f->old);
-    struct frame_header *to = out_begin(p, at, from->payload_bytes);
-    uint8_t *payload = (uint8_t *)(to + 1);
-
-    *to = *from;
-    if (from->kind == FRAME_RAW && !p->copy_only) {
-        /* One FRAME_ALIGN less than raw, or it is not worth expanding again. */
-        size_t room = from->payload_bytes - FRAME_ALIGN;
-        size_t bytes = ZSTD_compressCCtx(w->compress, payload, room, from + 1,
-                                         from->payload_bytes, p->group->config.compress_level);
-        if (ZSTD_isError(bytes)) {
-            memcpy(payload, from + 1, from->payload_bytes);
-            p->raw++;
-        } else {
-            to->kind = FRAME_ZSTD;
-            to->payload_bytes = (uint32_t)bytes;
-            p->compressed++;
-        }
-    } else {
-        memcpy(payload, from + 1, from->payload_bytes);
-    }
-    to->crc = frame_crc(to);
-    p->bytes_out += frame_bytes(to->payload_bytes);
-    f->new = arena_frame_end(&p->group->arena, at);
-    f->block = to->block;
-    f->blocks = to->blocks;
-    f->disk = to->disk;
-}
-
-/* All frames of the source, dead or alive. */
-static void take_all(struct pack *p)
-{
-    const struct arena *a = &p->group->arena;
-    uint32_t tail = arena_tail(a, p->source), offset = 0, at = 0;
-
-    while (arena_frame_next(a, p->source, tail, &offset)) {
-        p->frame[p->frames++].old = arena_loc_of(p->source, at);
-        at = offset;
-    }
-}
-
-static void run(struct job *job, struct worker *w)
-{
-    struct pack *p = job->owner;
-    struct arena_cursor at = p->out;
-    struct timespec start, stop;
-
-    clock_gettime(CLOCK_MONOTONIC, &start);
-    if (!p->gathered)
-        take_all(p);
-    for (uint32_t i = 0; i < p->frames; i++) {
-        if (__atomic_load_n(&p->cancel, __ATOMIC_RELAXED))
-            break;
-        pack_one(p, w, &at, &p->frame[i]);
-        if (p->raw == PACK_PROBE && p->compressed == 0) {
-            p->incompressible = true;
-            break;
-        }
-    }
-    p->out = at;
-    crash_point("pack-before-index");
-    clock_gettime(CLOCK_MONOTONIC, &stop);
-    p->ns = (uint64_t)(stop.tv_sec - start.tv_sec) * 1000000000u + (uint64_t)stop.tv_nsec -
-            (uint64_t)start.tv_nsec;
+    free(p->frame);
+    free(p->block);
+    free(p->move);
+    free(p->plain);
+    free(p->squeezed);
+    memset(p, 0, sizeof(*p));
 }
 
 /* ---- What is dead ------------------------------------------------------------------------ */
@@ -171,6 +100,7 @@ static void undo(struct group *g, struct pack *p, struct epoch *e)
     p->spare_used = false;
     if (p->incompressible) {
         g->stats.incompressible_frames += p->frames;
+        p->streak++;
         keep(g, e, p->source);
     } else if (p->reclaim) {
         keep(g, e, p->source);
@@ -197,12 +127,12 @@ static void done(struct job *job)
     p->phase = PACK_ADOPT;
 }
 
-static void repoint(struct group *g, struct epoch *e, const struct pack_frame *f)
+static void repoint(struct group *g, struct epoch *e, const struct pack_move *f)
 {
     struct segment_use *u = &g->arena.use[arena_loc_segment(f->new)];
 
-    if (f->blocks > ZERO_SLOTS_MAX) {
-        u->slots++; /* a range, which has no place */
+    if (f->range) {
+        u->slots++; /* it has no slot, and never dies */
         return;
     }
     for (uint32_t i = 0; i < f->blocks; i++) {
@@ -223,18 +153,23 @@ static void adopted(struct group *g, struct pack *p, struct epoch *e)
     e->packed = p->out;
     if (p->spare_used && before != SEGMENT_NONE)
         watch(g, e, before);
-    e->stored_bytes += p->bytes_out;
+    e->stored_bytes += p->stored;
     e->stored_bytes -= arena_tail(&g->arena, p->source);
     crash_point("pack-before-free");
     arena_segment_free(&g->arena, p->source);
     g->stats.compressed_frames += p->compressed;
     g->stats.incompressible_frames += p->raw;
+    g->stats.clusters += p->clusters;
+    g->stats.pack_bytes_in += p->bytes_in;
+    g->stats.pack_bytes_out += p->bytes_out;
+    if (p->compressed > 0)
+        p->streak = 0;
     finish(g, p, e);
 }
 
 static uint32_t piece_end(const struct pack *p)
 {
-    return p->frames - p->next < PACK_PIECE ? p->frames : p->next + PACK_PIECE;
+    return p->moves - p->next < PACK_PIECE ? p->moves : p->next + PACK_PIECE;
 }
 
 static void adopt_piece(struct group *g, struct pack *p, struct epoch *e)
@@ -243,12 +178,12 @@ static void adopt_piece(struct group *g, struct pack *p, struct epoch *e)
 
     if (!e->dropped) {
         for (uint32_t i = p->next; i < end; i++)
-            index_prefetch(&e->index, p->frame[i].disk, p->frame[i].block);
+            index_prefetch(&e->index, p->move[i].disk, p->move[i].block);
         for (uint32_t i = p->next; i < end; i++)
-            repoint(g, e, &p->frame[i]);
+            repoint(g, e, &p->move[i]);
     }
     p->next = end;
-    if (end == p->frames)
+    if (end == p->moves)
         adopted(g, p, e);
 }
 
@@ -256,38 +191,45 @@ static void adopt_piece(struct group *g, struct pack *p, struct epoch *e)
 
 static void start_job(struct group *g, struct pack *p)
 {
-    p->job = (struct job){.run = run, .done = done, .owner = p};
-    check(worker_submit(&g->worker, &p->job, false));
+    p->job = (struct job){.run = pack_run, .done = done, .owner = p};
+    check(worker_submit(&g->packer, &p->job, false));
     p->phase = PACK_JOB;
 }
 
-/* Is the index's newest frame of these blocks still this one? */
-static bool alive(const struct epoch *e, const struct frame_header *h, arena_loc loc)
+/* Which blocks of the frame does the index still find in it? 0: it is dead. */
+static uint8_t alive(const struct epoch *e, const struct frame_header *h, arena_loc loc)
 {
-    const struct index_slot *s;
+    uint32_t blocks = h->kind == FRAME_CLUSTER ? h->blocks : 1;
+    uint8_t bits = 0;
 
-    if (h->blocks > 1)
-        return true;
-    s = index_find(&e->index, h->disk, h->block);
-    return s && s->mask && s->loc == loc;
+    if (h->kind == FRAME_ZERO && h->blocks > 1)
+        return 1;
+    for (uint32_t i = 0; i < blocks; i++) {
+        const struct index_slot *s = index_find(&e->index, h->disk, h->block + i);
+
+        if (s && s->mask && s->loc == loc)
+            bits |= (uint8_t)(1u << i);
+    }
+    return bits;
 }
 
 /* The next frames of the source: those alive are taken. */
 static void gather_piece(struct group *g, struct pack *p, struct epoch *e)
 {
-    uint32_t tail = arena_tail(&g->arena, p->source), n = 0;
-    const struct frame_header *piece[PACK_PIECE], *h;
+    uint32_t tail = arena_tail(&g->arena, p->source), at = p->source_offset, n = 0;
+    struct pack_source piece[PACK_PIECE];
+    const struct frame_header *h;
 
     while (n < PACK_PIECE && (h = arena_frame_next(&g->arena, p->source, tail, &p->source_offset))) {
-        index_prefetch(&e->index, h->disk, h->block);
-        piece[n++] = h;
+        for (uint32_t i = 0; i < h->blocks && i < CLUSTER_BLOCKS; i++)
+            index_prefetch(&e->index, h->disk, h->block + i);
+        piece[n++].loc = arena_loc_of(p->source, at);
+        at = p->source_offset;
     }
     for (uint32_t i = 0; i < n; i++) {
-        arena_loc loc = arena_loc_of(
-            p->source, (uint32_t)((const uint8_t *)piece[i] - arena_segment(&g->arena, p->source)));
-
-        if (alive(e, piece[i], loc))
-            p->frame[p->frames++].old = loc;
+        piece[i].alive = alive(e, arena_frame(&g->arena, piece[i].loc), piece[i].loc);
+        if (piece[i].alive)
+            p->frame[p->frames++] = piece[i];
         else
             g->stats.dropped_frames++;
     }
@@ -297,15 +239,41 @@ static void gather_piece(struct group *g, struct pack *p, struct epoch *e)
     start_job(g, p);
 }
 
+static void begin(struct group *g, struct pack *p, struct epoch *e)
+{
+    p->epoch = e;
+    p->out = e->packed;
+    p->spare = arena_segment_take(&g->arena, e->id, SEGMENT_PACKED);
+    p->spare_used = p->incompressible = p->gathered = false;
+    p->bytes_in = p->bytes_out = p->stored = p->compressed = p->raw = p->clusters = p->ns = 0;
+    p->frames = p->blocks = p->moves = p->source_offset = p->cancel = 0;
+    e->jobs++;
+}
+
+/* ---- What, and when ---------------------------------------------------------------------- */
+
 #define RECLAIM_PERCENT 75u
+#define BEHIND_SHARE 8u       /* behind: so much of the arena waits to be packed */
+#define LEVEL_BEHIND (-3)     /* half the time of level 1, for a tenth more bytes */
+#define LEVEL_TIGHT 3         /* when room is short and time is not */
+#define TIGHT_PERCENT 50u
+#define STREAK_SKIP 4u        /* so many incompressible segments in a row: try one in four */
+
+/* Segments at the end of the epoch that are left alone. */
+static uint32_t lag(const struct group *g, const struct epoch *e)
+{
+    uint32_t percent = group_pressure_percent(g);
+
+    if (e->state != CORE_EPOCH_OPEN)
+        return 0;
+    if (g->pack.paused || percent >= 50)
+        return 1;
+    return 1 + g->arena.segments / (percent < 25 ? 16 : 64);
+}
 
 static bool may_pack(const struct group *g, const struct epoch *e)
 {
-    uint32_t lag = 0;
-
-    if (e->state == CORE_EPOCH_OPEN)
-        lag = group_pressure_percent(g) < 25 ? PACK_LAG : 1;
-    return e->raw_list.count > lag;
+    return e->raw_list.count > lag(g, e);
 }
 
 static bool may_reclaim(const struct group *g, const struct epoch *e)
@@ -313,55 +281,91 @@ static bool may_reclaim(const struct group *g, const struct epoch *e)
     return e->worn_list.count > 0 && group_pressure_percent(g) >= RECLAIM_PERCENT;
 }
 
-static void begin(struct group *g, struct pack *p, struct epoch *e)
+/* A writer that is faster than the packer needs room soon; a full arena needs it most. */
+static int level(const struct group *g)
 {
-    p->group = g;
-    p->epoch = e;
-    p->out = e->packed;
-    p->spare = arena_segment_take(&g->arena, e->id, SEGMENT_PACKED);
-    p->spare_used = p->incompressible = p->gathered = false;
-    p->bytes_out = p->compressed = p->raw = p->ns = 0;
-    p->frames = p->source_offset = p->cancel = 0;
-    e->jobs++;
+    const struct pack *p = &g->pack;
+    int normal = g->config.compress_level;
+
+    if (p->queue > g->arena.segments / BEHIND_SHARE && group_pressure_percent(g) >= TIGHT_PERCENT)
+        return LEVEL_BEHIND;
+    if (p->queue <= 2 && group_pressure_percent(g) >= TIGHT_PERCENT && normal < LEVEL_TIGHT)
+        return LEVEL_TIGHT;
+    return normal;
+}
+
+/* Not worth a try: compression is off, nothing is alive, or nothing has shrunk for long. */
+static bool hopeless(struct group *g, struct pack *p, const struct segment_use *u)
+{
+    if (g->config.compress_level == 0 || u->dead == u->slots)
+        return true;
+    if (p->streak < STREAK_SKIP || ++p->skipped % 4 == 0)
+        return false;
+    g->stats.incompressible_frames += u->slots;
+    return true;
 }
 
 /* The epoch's next segment: to be compressed, or worn and to be copied together. */
 static void take_source(struct group *g, struct pack *p, struct epoch *e)
 {
-    const struct segment_use *u;
+    struct segment_use *u;
 
     p->reclaim = !may_pack(g, e);
-    p->copy_only = p->reclaim;
     p->source = segment_list_pop(&g->arena, p->reclaim ? &e->worn_list : &e->raw_list);
     if (p->source == e->raw.segment)
         e->raw.segment = SEGMENT_NONE;
     u = &g->arena.use[p->source];
-    if (!p->reclaim && (g->config.compress_level == 0 || u->dead == u->slots)) {
+    if (!p->reclaim && hopeless(g, p, u)) {
         keep(g, e, p->source); /* and free it, when all is dead */
         return;
     }
-    g->arena.use[p->source].worn_at = UINT32_MAX;
+    u->worn_at = UINT32_MAX;
+    p->level = level(g);
     begin(g, p, e);
     p->phase = PACK_GATHER;
     if (u->dead <= u->slots / 8) /* a few dead frames cost less than looking for them */
         start_job(g, p);
 }
 
+/* Is it time to see whether the guest pauses? */
+static void check_pause(struct group *g, struct pack *p)
+{
+    p->paused = g->seq == p->check_seq && (p->paused || g->now_ns >= p->check_ns);
+    p->check_ns = 0;
+    if (p->paused || epoch_open(g)->raw_list.count < 2)
+        return;
+    p->check_seq = g->seq;
+    p->check_ns = g->now_ns + PACK_IDLE_NS;
+}
+
 static bool choose(struct group *g, struct pack *p)
 {
+    struct epoch *chosen = NULL;
+
     p->look = false;
+    p->queue = 0;
+    check_pause(g, p);
     for (uint32_t i = 0; i < g->epochs; i++) {
         struct epoch *e = g->epoch[i];
 
-        if (e->frozen || (!may_pack(g, e) && !may_reclaim(g, e)))
+        if (e->frozen)
             continue;
-        p->look = true;
-        if (g->arena.free_count == 0 || g->worker.outstanding == WORKER_RING)
-            return false;
-        take_source(g, p, e);
-        return true;
+        p->queue += e->raw_list.count - (e->state == CORE_EPOCH_OPEN && e->raw_list.count > 0);
+        if (!chosen && (may_pack(g, e) || may_reclaim(g, e)))
+            chosen = e;
     }
-    return false;
+    if (!chosen)
+        return false;
+    p->look = true;
+    if (g->arena.free_count == 0 || g->packer.outstanding == WORKER_RING)
+        return false;
+    take_source(g, p, chosen);
+    return true;
+}
+
+uint64_t pack_timer(const struct group *g)
+{
+    return g->pack.phase == PACK_IDLE ? g->pack.check_ns : 0;
 }
 
 bool pack_step(struct group *g)
@@ -372,15 +376,17 @@ bool pack_step(struct group *g)
         arena_segment_free(&g->arena, segment_list_pop(&g->arena, &p->dead_list));
     switch (p->phase) {
     case PACK_IDLE:
-        return p->look && choose(g, p);
+        if (likely(!p->look) && (p->check_ns == 0 || g->now_ns < p->check_ns))
+            return false;
+        return choose(g, p);
     case PACK_GATHER:
         if (p->epoch->frozen || p->epoch->dropped)
             undo(g, p, p->epoch);
-        else if (g->worker.outstanding < WORKER_RING)
+        else if (g->packer.outstanding < WORKER_RING)
             gather_piece(g, p, p->epoch);
         return true;
     case PACK_JOB:
-        if (p->epoch->frozen)
+        if (p->epoch->frozen || p->epoch->dropped)
             __atomic_store_n(&p->cancel, 1, __ATOMIC_RELAXED);
         return false;
     case PACK_ADOPT:

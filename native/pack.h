@@ -1,14 +1,19 @@
 /* pack.h - compression behind the write path.
  *
- * A full RAW segment goes to the helper as a whole, with the list of its frames that are
- * still the newest; the helper compresses them into PACKED segments of the same epoch; back
- * on the reactor the index is pointed at the new frames and the RAW segment is freed. What
- * was overwritten meanwhile is left behind. A segment whose first frames do not shrink is
- * kept as it is. Killed in between, both copies exist with the same seq: either will do.
+ * A full RAW segment goes to the packer, a helper thread in the background. It compresses the
+ * frames into PACKED segments of the same epoch: whole blocks that are neighbours become one
+ * cluster, others are compressed one by one. Back on the reactor the index is pointed at the
+ * new frames and the RAW segment is freed. What was overwritten meanwhile is left behind. A
+ * segment of which samples do not shrink is kept as it is; after a few of those most are not
+ * even tried. Killed in between, both copies exist with the same seq: either will do.
+ *
+ * When: a sealed epoch at once. The open one stays raw for a while, for what is hot is written
+ * again soon: the less room there is, the shorter, and when the guest pauses, all of it.
  *
  * What dies is counted where it happens (struct segment_use in arena.h). A kept segment of
- * which nothing is left is freed in the next step; a half dead one goes to the epoch's worn list,
- * and is copied together when memory is short.
+ * which nothing is left is freed in the next step; a half dead one goes to the epoch's worn
+ * list, and is copied together when memory is short. A copy never is larger than its source:
+ * a cluster whose living members do not compress well without the others stays whole.
  *
  * Owner: the reactor thread; the job in flight is the helper's. One job at a time. A step
  * looks at PACK_PIECE frames at most, so that no guest request waits for a whole segment.
@@ -26,50 +31,77 @@
 struct group;
 
 #define PACK_FRAMES_MAX (SEGMENT_BYTES / sizeof(struct frame_header))
-#define PACK_PROBE 4u           /* frames to try before a segment is called incompressible */
-/* Segments left alone at the end of the open epoch while memory is ample: what is written
- * again soon need not be compressed first. */
-#define PACK_LAG 8u
-
+#define PACK_BLOCKS_MAX (SEGMENT_FRAMES_MIN + 1) /* whole raw blocks in a segment */
+#define PACK_PROBE 4u           /* blocks to try before a segment is called incompressible */
 #define PACK_PIECE 32u          /* frames of one step on the reactor */
+#ifndef PACK_IDLE_NS
+#define PACK_IDLE_NS 5000000u   /* without a write for so long, the guest pauses */
+#endif
 
-struct pack_frame {
+/* A frame of the source. */
+struct pack_source {
+    arena_loc loc;
+    uint8_t alive;              /* of a cluster: a bit for each member */
+};
+_Static_assert(CLUSTER_BLOCKS <= 8, "alive has a bit for each");
+
+/* A frame that was written, and what it replaces. */
+struct pack_move {
     uint64_t block;
     arena_loc old, new;
     uint32_t blocks;
     uint8_t disk;
+    bool range;
+};
+
+/* A whole raw block of the source. */
+struct pack_block {
+    uint64_t place;             /* disk << 48 | block */
+    uint64_t seq;
+    const struct frame_header *frame;
 };
 
 enum pack_phase { PACK_IDLE, PACK_GATHER, PACK_JOB, PACK_ADOPT };
 
 struct pack {
+    struct segment_list dead_list; /* to be freed, once the write that did it is over */
+    bool look;                  /* something has changed since there was nothing to do */
+    bool paused;                /* the guest has not written for a while */
+    uint64_t check_ns;          /* when to see whether it pauses; 0: never */
+    uint64_t check_seq;         /* group.seq then */
+    uint32_t streak, skipped;   /* incompressible segments in a row; of those not tried */
+    uint32_t queue;             /* segments that wait to be packed */
+    int level;                  /* zstd's, of this job */
+
     struct job job;
     struct group *group;
     enum pack_phase phase;
-    struct segment_list dead_list; /* to be freed, once the write that did it is over */
-    bool look;                  /* something has changed since there was nothing to do */
     struct epoch *epoch;
     uint32_t source, source_offset;
     struct arena_cursor out;    /* the epoch's PACKED segment, goes on in `spare` */
-    uint32_t out_tail;          /* out.tail at the start, to undo */
     uint32_t spare;
     bool spare_used;
-    bool copy_only;             /* frames are moved as they are */
-    bool reclaim;               /* the source was worn */
+    bool reclaim;               /* the source was worn: frames are moved as they are */
     bool gathered;              /* frame[] has the source's frames that are alive */
     bool incompressible;
     uint32_t cancel;            /* atomic: a commit waits for the epoch */
-    uint64_t bytes_out;
-    uint64_t compressed, raw;   /* frames */
+    uint64_t bytes_in, bytes_out; /* of payload compressed, and what became of it */
+    uint64_t stored;            /* bytes of frames written */
+    uint64_t compressed, raw, clusters; /* blocks, blocks, frames */
     uint64_t ns;
-    uint32_t frames, next;      /* next: the first that is not adopted yet */
-    struct pack_frame *frame;   /* PACK_FRAMES_MAX */
+    uint32_t frames, blocks, moves, next; /* next: the first move that is not adopted yet */
+    struct pack_source *frame;  /* PACK_FRAMES_MAX */
+    struct pack_block *block;   /* PACK_BLOCKS_MAX */
+    struct pack_move *move;     /* PACK_FRAMES_MAX * 2: a cluster may fall apart */
+    uint8_t *plain, *squeezed;  /* CLUSTER_BYTES each, the helper's */
 };
 
 int pack_init(struct group *g);
 void pack_free(struct group *g);
 /* True: it has done something, call it again, but let guest requests go first. */
 bool pack_step(struct group *g);
+/* When pack_step() is due again, in ns; 0: when something has changed. */
+uint64_t pack_timer(const struct group *g);
 
 /* Something has changed that may give the packer work. */
 #define pack_look(g) ((void)((g)->pack.look = true))
@@ -77,5 +109,7 @@ bool pack_step(struct group *g);
 void pack_worn(struct group *g, struct epoch *e, uint32_t segment);
 /* The epoch's frames were counted anew (recovery). */
 void pack_recounted(struct group *g, struct epoch *e);
+/* The helper's part, pack_job.c. */
+void pack_run(struct job *job, struct worker *w);
 
 #endif

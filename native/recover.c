@@ -686,12 +686,11 @@ int group_open(struct group *g, const core_config *config, struct disk *disk, ch
     g->config = *config;
     g->disk = disk;
     g->seq = 1;
-    g->worker.wake_fd = -1; /* not started yet */
-    g->expand = ZSTD_createDCtx();
-    g->scratch = aligned_alloc(PAGE, 2 * BLOCK_BYTES);
+    g->worker.wake_fd = g->packer.wake_fd = -1; /* not started yet */
+    g->scratch = aligned_alloc(PAGE, BLOCK_BYTES);
     r.buffer = aligned_alloc(PAGE, SCAN_BYTES);
-    if (!g->expand || !g->scratch || !r.buffer || journal_init(&g->journal) || apply_init(g) ||
-        pack_init(g))
+    if (expander_start(&g->expand) || !g->scratch || !r.buffer || journal_init(&g->journal) ||
+        apply_init(g) || pack_init(g))
         error = refuse(&r, -ENOMEM, "no memory to start");
     else
         error = recover(&r);

@@ -2,13 +2,18 @@
 #include "worker.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "check.h"
 #include "format.h"
+
+#define BACKGROUND_NICE 10
 
 static bool ring_push(struct job_ring *r, struct job *job)
 {
@@ -48,11 +53,23 @@ static void wake(int fd)
         ;
 }
 
+/* Where it is refused the thread competes as any other: slower, not wrong. */
+static void step_back(void)
+{
+    struct sched_param none = {0};
+
+    sched_setscheduler(0, SCHED_BATCH, &none);
+    setpriority(PRIO_PROCESS, (id_t)gettid(), BACKGROUND_NICE);
+}
+
 static void *helper(void *arg)
 {
     struct worker *w = arg;
     uint64_t count;
 
+    if (w->background)
+        step_back();
+    prctl(PR_SET_NAME, w->background ? "packer" : "helper");
     while (!__atomic_load_n(&w->stop, __ATOMIC_ACQUIRE)) {
         struct job *job = next_job(w);
 
@@ -76,18 +93,18 @@ static void *helper(void *arg)
     return NULL;
 }
 
-int worker_start(struct worker *w, int notify_fd, bool inline_jobs)
+int worker_start(struct worker *w, int notify_fd, bool inline_jobs, bool background)
 {
-    int error = 0;
+    int error;
 
     memset(w, 0, sizeof(*w));
     w->inline_jobs = inline_jobs;
+    w->background = background;
     w->notify_fd = notify_fd;
     w->wake_fd = -1;
     w->compress = ZSTD_createCCtx();
-    w->expand = ZSTD_createDCtx();
-    w->scratch = aligned_alloc(PAGE, 2 * BLOCK_BYTES);
-    if (!w->compress || !w->expand || !w->scratch)
+    error = expander_start(&w->expand);
+    if (!w->compress)
         error = -ENOMEM;
     if (!error && !inline_jobs) {
         w->wake_fd = eventfd(0, EFD_CLOEXEC);
@@ -112,8 +129,7 @@ void worker_stop(struct worker *w)
     if (w->wake_fd >= 0)
         close(w->wake_fd);
     ZSTD_freeCCtx(w->compress);
-    ZSTD_freeDCtx(w->expand);
-    free(w->scratch);
+    expander_stop(&w->expand);
     memset(w, 0, sizeof(*w));
     w->wake_fd = -1;
 }

@@ -1,11 +1,14 @@
-/* worker.h - one helper thread for what would hold up the rings: zstd, checksums, sorting,
- * filling apply buffers.
+/* worker.h - a helper thread for what would hold up the rings.
+ *
+ * A group has two. One does what a commit or an apply waits for: checksums, sorting, filling
+ * apply buffers. The other one compresses, in the background: it is nice(10) and SCHED_BATCH,
+ * so that on a machine with few processors it takes what the guest and the reactor leave. A
+ * thread cannot be both: without privilege a nice value only goes up.
  *
  * The reactor submits and reaps; job->run() happens on the helper, job->done() on the
- * reactor. Two classes: urgent jobs (a commit or an apply waits for them) overtake the
- * others. Both directions are single-producer single-consumer rings; a full ring makes
- * worker_submit() return false. Without a thread (`inline_jobs`, for the simulator) jobs run
- * in worker_reap(), in order of submission.
+ * reactor. Urgent jobs overtake the others. Both directions are single-producer
+ * single-consumer rings; a full ring makes worker_submit() return false. Without a thread
+ * (`inline_jobs`, for the simulator) jobs run in worker_reap(), in order of submission.
  */
 #ifndef EPOCHD_WORKER_H
 #define EPOCHD_WORKER_H
@@ -14,6 +17,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <zstd.h>
+
+#include "expand.h"
 
 #define WORKER_RING 64u
 
@@ -38,16 +43,15 @@ struct worker {
     uint32_t stop;
     int wake_fd;                /* wakes the helper */
     int notify_fd;              /* wakes the reactor */
-    bool inline_jobs;
+    bool inline_jobs, background;
     bool started;
     pthread_t thread;
     ZSTD_CCtx *compress;        /* the helper's */
-    ZSTD_DCtx *expand;
-    uint8_t *scratch;           /* BLOCK_BYTES x 2, the helper's */
+    struct expander expand;     /* the helper's */
 };
 
 /* notify_fd: the reactor's eventfd, -1 with inline_jobs. */
-int worker_start(struct worker *w, int notify_fd, bool inline_jobs);
+int worker_start(struct worker *w, int notify_fd, bool inline_jobs, bool background);
 void worker_stop(struct worker *w);
 bool worker_submit(struct worker *w, struct job *job, bool urgent);
 uint32_t worker_reap(struct worker *w);

@@ -327,7 +327,7 @@ def test_after_a_kill_in_the_middle_of_an_epoch_that_epoch_is_open_and_can_be_co
 
 # Where the arena's header (native/format.h) says what it is: offset, bytes, what is told.
 FOREIGN = {
-    "version": (8, struct.pack("<I", 2), "layout version 2"),
+    "version": (8, struct.pack("<I", 1), "layout version 1"),
     "group": (32, bytes(16), "another consistency group"),
     "boot": (48, bytes(16), "another boot"),
 }

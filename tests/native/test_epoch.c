@@ -344,8 +344,8 @@ static void a_dropped_epoch_goes_with_its_last_job(void **state)
     epoch_drop(g, e);
     assert_null(epoch_by_id(g, e->id));
     assert_true(g->arena.free_count < segments);
-    while (g->worker.outstanding > 0)
-        worker_reap(&g->worker);
+    while (g->packer.outstanding > 0)
+        worker_reap(&g->packer);
     assert_int_equal(g->arena.free_count, segments);
 }
 

@@ -1,0 +1,41 @@
+/* expand.h - from a frame to the sectors it stands for.
+ *
+ * An expander belongs to one thread: zstd's context, and the clusters that were expanded last,
+ * so that reading a hot cluster block by block expands it once. No allocation after the start.
+ * Errors: -EIO, the frame does not expand to what its header says.
+ * Not done here: checksums (journal.c, recover.c), which frame is newest (index.h).
+ */
+#ifndef EPOCHD_EXPAND_H
+#define EPOCHD_EXPAND_H
+
+#include <stdint.h>
+#include <zstd.h>
+
+#include "arena.h"
+
+#define EXPAND_CLUSTERS 16u /* kept, 32 KiB each */
+
+struct expander {
+    ZSTD_DCtx *context;
+    uint8_t *block;                       /* one, for parts of blocks */
+    uint8_t *cluster;                     /* EXPAND_CLUSTERS x CLUSTER_BYTES */
+    arena_loc loc[EXPAND_CLUSTERS];
+    uint32_t generation[EXPAND_CLUSTERS]; /* of the segment then; 0: nothing kept here */
+    uint64_t used[EXPAND_CLUSTERS];       /* turn of the last use */
+    uint64_t turn;
+    uint64_t hits, misses;                /* of clusters */
+    uint64_t expanded_bytes;              /* by zstd */
+};
+
+int expander_start(struct expander *x);
+void expander_stop(struct expander *x);
+
+/* The wanted sectors of the block, which the frame at loc carries, to their places in out
+ * (BLOCK_BYTES). */
+int frame_expand(struct expander *x, const struct arena *a, arena_loc loc, uint64_t block,
+                 uint8_t want, uint8_t *out);
+
+/* All blocks of the cluster at loc, good until the next call; NULL: it does not expand. */
+const uint8_t *cluster_expand(struct expander *x, const struct arena *a, arena_loc loc);
+
+#endif
