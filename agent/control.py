@@ -207,8 +207,16 @@ class Control:
             for name, value in asdict(self._core.disk(port.disk.index)).items():
                 if name not in ("queues", "size_bytes"):
                     sums[name] = sums.get(name, 0) + value
-        return {"group": _dashed(group), "disks": _dashed(sums),
-                "rejections": rejections.counts()}
+        packed = ("pack_bytes_in", "pack_bytes_out", "clusters", "pack_queue", "pack_level",
+                  "wanted_bytes", "expanded_bytes", "cluster_hits", "cluster_misses")
+        compression: dict[str, object] = {name: getattr(status, name) for name in packed}
+        compression["ratio"] = round(status.pack_bytes_in / max(status.pack_bytes_out, 1), 3)
+        return {
+            "group": _dashed(group),
+            "disks": _dashed(sums),
+            "compression": _dashed(compression),
+            "rejections": rejections.counts(),
+        }
 
 
 def _queue(number: int, info: core.QueueInfo) -> dict[str, object]:

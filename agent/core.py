@@ -121,6 +121,15 @@ class Status:
     zero_frames: int
     dropped_frames: int
     compress_ns: int
+    pack_bytes_in: int
+    pack_bytes_out: int
+    clusters: int
+    wanted_bytes: int
+    expanded_bytes: int
+    cluster_hits: int
+    cluster_misses: int
+    pack_queue: int
+    pack_level: int
     commit_ns_last: int
     seal_ns_last: int
     apply_ns_last: int

@@ -80,12 +80,12 @@ def show_status(status: Json) -> str:
 def show_stats(stats: Json) -> str:
     """query-stats for a person."""
     rows: list[tuple[str, object]] = []
-    for part in ("group", "disks"):
+    for part in ("group", "disks", "compression"):
         for name, value in stats[part].items():
             if "-ns" in name:
                 shown: object = f"{value / 1e6:.3f} ms"
             else:
-                shown = f"{value} ({_bytes(value)})" if name.endswith("bytes") else value
+                shown = f"{value} ({_bytes(value)})" if "bytes" in name else value
             rows.append((name.replace("-ns", "-time"), shown))
     return _rows(rows)
 

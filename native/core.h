@@ -97,7 +97,14 @@ typedef struct {
     uint32_t direct_journal;      /* 1: O_DIRECT */
     uint64_t commits, applies, discards, seals;        /* since start */
     uint64_t compressed_frames, incompressible_frames, zero_frames, dropped_frames;
-    uint64_t compress_ns;         /* helper time spent in zstd */
+    uint64_t compress_ns;         /* processor time of the packer */
+    uint64_t pack_bytes_in, pack_bytes_out; /* guest bytes it took, what became of them */
+    uint64_t clusters;            /* frames of neighbouring blocks written */
+    uint64_t wanted_bytes, expanded_bytes;  /* guest reads of compressed blocks: bytes asked
+                                              for, bytes that zstd made for it */
+    uint64_t cluster_hits, cluster_misses; /* of those reads: expanded already, or not */
+    uint32_t pack_queue;          /* segments that wait for the packer */
+    int32_t pack_level;           /* zstd level that it used last */
     uint64_t commit_ns_last, seal_ns_last, apply_ns_last;
     uint64_t journal_bytes_written, image_bytes_written;
     char error[CORE_ERROR_MAX];   /* what stands: commits, superblock, images; "": nothing */

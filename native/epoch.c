@@ -460,7 +460,8 @@ int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors
 /* ---- Reading -------------------------------------------------------------------------- */
 
 /* All of the block, when that lies somewhere as it is; else NULL. */
-static const uint8_t *whole_block(struct group *g, arena_loc loc, uint64_t block, int *error)
+static const uint8_t *whole_block(struct group *g, arena_loc loc, uint64_t block, uint8_t want,
+                                  int *error)
 {
     const struct frame_header *h = arena_frame(&g->arena, loc);
     const uint8_t *cluster;
@@ -476,6 +477,7 @@ static const uint8_t *whole_block(struct group *g, arena_loc loc, uint64_t block
         *error = -EIO;
         return NULL;
     }
+    g->expand.wanted_bytes += mask_bytes(want);
     return cluster + (block - h->block) * BLOCK_BYTES;
 }
 
@@ -492,7 +494,7 @@ int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uin
         uint8_t here = s ? s->mask & want & ~found : 0;
 
         if (here) {
-            const uint8_t *at = here == want ? whole_block(g, s->loc, block, &error) : NULL;
+            const uint8_t *at = here == want ? whole_block(g, s->loc, block, want, &error) : NULL;
 
             if (at) {
                 *direct = at + (uint32_t)__builtin_ctz(want) * SECTOR_BYTES;

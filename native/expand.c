@@ -85,6 +85,8 @@ int frame_expand(struct expander *x, const struct arena *a, arena_loc loc, uint6
     const struct frame_header *h = arena_frame(a, loc);
     const uint8_t *from = (const uint8_t *)(h + 1);
 
+    if (h->kind == FRAME_ZSTD || h->kind == FRAME_CLUSTER)
+        x->wanted_bytes += mask_bytes(want);
     switch (h->kind) {
     case FRAME_ZERO:
         for (uint32_t i = 0; i < BLOCK_SECTORS; i++)

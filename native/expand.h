@@ -24,7 +24,7 @@ struct expander {
     uint64_t used[EXPAND_CLUSTERS];       /* turn of the last use */
     uint64_t turn;
     uint64_t hits, misses;                /* of clusters */
-    uint64_t expanded_bytes;              /* by zstd */
+    uint64_t wanted_bytes, expanded_bytes; /* of compressed frames: asked for; by zstd */
 };
 
 int expander_start(struct expander *x);

@@ -281,17 +281,31 @@ static bool may_reclaim(const struct group *g, const struct epoch *e)
     return e->worn_list.count > 0 && group_pressure_percent(g) >= RECLAIM_PERCENT;
 }
 
+uint32_t pack_queue(const struct group *g)
+{
+    uint32_t queue = 0;
+
+    for (uint32_t i = 0; i < g->epochs; i++) {
+        const struct epoch *e = g->epoch[i];
+
+        if (!e->frozen && e->raw_list.count > 0)
+            queue += e->raw_list.count - (e->state == CORE_EPOCH_OPEN);
+    }
+    return queue;
+}
+
 /* A writer that is faster than the packer needs room soon; a full arena needs it most. */
 static int level(const struct group *g)
 {
-    const struct pack *p = &g->pack;
     int normal = g->config.compress_level;
+    uint32_t queue;
 
-    if (p->queue > g->arena.segments / BEHIND_SHARE && group_pressure_percent(g) >= TIGHT_PERCENT)
+    if (group_pressure_percent(g) < TIGHT_PERCENT)
+        return normal;
+    queue = pack_queue(g);
+    if (queue > g->arena.segments / BEHIND_SHARE)
         return LEVEL_BEHIND;
-    if (p->queue <= 2 && group_pressure_percent(g) >= TIGHT_PERCENT && normal < LEVEL_TIGHT)
-        return LEVEL_TIGHT;
-    return normal;
+    return queue <= 2 && normal < LEVEL_TIGHT ? LEVEL_TIGHT : normal;
 }
 
 /* Not worth a try: compression is off, nothing is alive, or nothing has shrunk for long. */
@@ -343,15 +357,13 @@ static bool choose(struct group *g, struct pack *p)
     struct epoch *chosen = NULL;
 
     p->look = false;
-    p->queue = 0;
     check_pause(g, p);
-    for (uint32_t i = 0; i < g->epochs; i++) {
+    for (uint32_t i = 0; i < g->epochs && !chosen; i++) {
         struct epoch *e = g->epoch[i];
 
         if (e->frozen)
             continue;
-        p->queue += e->raw_list.count - (e->state == CORE_EPOCH_OPEN && e->raw_list.count > 0);
-        if (!chosen && (may_pack(g, e) || may_reclaim(g, e)))
+        if (may_pack(g, e) || may_reclaim(g, e))
             chosen = e;
     }
     if (!chosen)

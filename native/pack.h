@@ -70,7 +70,6 @@ struct pack {
     uint64_t check_ns;          /* when to see whether it pauses; 0: never */
     uint64_t check_seq;         /* group.seq then */
     uint32_t streak, skipped;   /* incompressible segments in a row; of those not tried */
-    uint32_t queue;             /* segments that wait to be packed */
     int level;                  /* zstd's, of this job */
 
     struct job job;
@@ -102,6 +101,9 @@ void pack_free(struct group *g);
 bool pack_step(struct group *g);
 /* When pack_step() is due again, in ns; 0: when something has changed. */
 uint64_t pack_timer(const struct group *g);
+
+/* Raw segments of epochs that may be packed, the one being written aside. */
+uint32_t pack_queue(const struct group *g);
 
 /* Something has changed that may give the packer work. */
 #define pack_look(g) ((void)((g)->pack.look = true))

@@ -29,7 +29,8 @@ static arena_loc store(struct pack *p, struct arena_cursor *at, const struct fra
     }
     to = arena_frame_begin(&p->group->arena, at);
     *to = *h;
-    memcpy(to + 1, seq, seqs);
+    if (seq)
+        memcpy(to + 1, seq, seqs);
     memcpy((uint8_t *)(to + 1) + seqs, payload, h->payload_bytes - seqs);
     to->crc = frame_crc(to);
     p->stored += frame_bytes(h->payload_bytes);

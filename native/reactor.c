@@ -108,6 +108,15 @@ static void query_status(struct reactor *r, core_status *out)
     out->zero_frames = g->stats.zero_frames;
     out->dropped_frames = g->stats.dropped_frames;
     out->compress_ns = g->stats.compress_ns;
+    out->pack_bytes_in = g->stats.pack_bytes_in;
+    out->pack_bytes_out = g->stats.pack_bytes_out;
+    out->clusters = g->stats.clusters;
+    out->wanted_bytes = g->expand.wanted_bytes;
+    out->expanded_bytes = g->expand.expanded_bytes;
+    out->cluster_hits = g->expand.hits;
+    out->cluster_misses = g->expand.misses;
+    out->pack_queue = pack_queue(g);
+    out->pack_level = g->pack.level;
     out->commit_ns_last = g->stats.commit_ns_last;
     out->seal_ns_last = g->stats.seal_ns_last;
     out->apply_ns_last = g->stats.apply_ns_last;
