@@ -457,6 +457,27 @@ def test_open_and_sealed_epochs_survive(agent: Daemon, attach: Attach, how: str)
 
 
 @ENDINGS
+def test_what_the_epochs_hold_is_counted_the_same_after_the_end(
+    agent: Daemon, attach: Attach, how: str
+) -> None:
+    disk, control = attach(agent), agent.control
+    for value in range(40):
+        disk.write(8 * (value % 30), block(value))
+    disk.write(8 * 50 + 3, b"\x55" * 512)
+    control.seal()
+    disk.write(8 * 5, block(9))
+
+    def counted() -> list[tuple[int, int, int]]:
+        epochs = agent.control.execute("query-epochs")
+        return [(e["epoch"], e["blocks"], e["logical-bytes"]) for e in epochs]
+
+    before = counted()
+    assert [held for _, _, held in before] == [30 * 4096 + 512, 4096]
+    agent.restart(how)
+    assert counted() == before
+
+
+@ENDINGS
 def test_the_image_equals_the_committed_state_after_the_end(
     agent: Daemon, attach: Attach, how: str
 ) -> None:
