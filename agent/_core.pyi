@@ -45,6 +45,7 @@ class _Lib:
     CORE_EVENT_RING_BROKEN: int
     CORE_EVENT_MEMORY_LOST: int
     CORE_EVENT_LOG: int
+    CORE_EVENT_REJECTED: int
 
     def core_journal_inspect(self, fd: int, out: Any, text: Any) -> int: ...
     def core_journal_format(self, config: Any, group: Any, text: Any) -> int: ...

@@ -24,7 +24,8 @@ EPOCH_MAX = (1 << 64) - 1
 def _only(arguments: dict[str, Any], *known: str) -> None:
     for name in arguments:
         if name not in known:
-            raise QmpError(f"unknown argument {name!r}; known: {', '.join(known) or 'none'}")
+            raise QmpError(f"unknown argument {name!r}; known: {', '.join(known) or 'none'}",
+                           rejection=rejections.CONTROL_ARGUMENTS)
 
 
 def _epoch(arguments: dict[str, Any]) -> int | None:
@@ -33,9 +34,11 @@ def _epoch(arguments: dict[str, Any]) -> int | None:
         return None
     epoch = arguments["epoch"]
     if isinstance(epoch, bool) or not isinstance(epoch, int):
-        raise QmpError(f"argument 'epoch' is not an integer: {epoch!r}")
+        raise QmpError(f"argument 'epoch' is not an integer: {epoch!r}",
+                       rejection=rejections.CONTROL_ARGUMENTS)
     if not 0 < epoch <= EPOCH_MAX:
-        raise QmpError(f"argument 'epoch' is {epoch}; epochs are numbered from 1")
+        raise QmpError(f"argument 'epoch' is {epoch}; epochs are numbered from 1",
+                       rejection=rejections.CONTROL_ARGUMENTS)
     return epoch
 
 
@@ -53,7 +56,7 @@ def _verb(function: Callable[..., Any], *known: str) -> qmp.Handler:
             result = function(arguments) if known else function()
             return await result if isinstance(result, Awaitable) else result
         except core.CoreError as error:
-            raise QmpError(error.text) from None
+            raise QmpError(error.text, rejection=rejections.CONTROL_REFUSALS) from None
 
     return call
 
@@ -211,11 +214,13 @@ class Control:
                   "wanted_bytes", "expanded_bytes", "cluster_hits", "cluster_misses")
         compression: dict[str, object] = {name: getattr(status, name) for name in packed}
         compression["ratio"] = round(status.pack_bytes_in / max(status.pack_bytes_out, 1), 3)
+        core_counts = {rejections.RINGS: sums["broken"],
+                       rejections.REQUESTS: sums["rejected"] - sums["broken"]}
         return {
             "group": _dashed(group),
             "disks": _dashed(sums),
             "compression": _dashed(compression),
-            "rejections": rejections.counts(),
+            "rejections": {**core_counts, **rejections.counts()},
         }
 
 

@@ -65,6 +65,7 @@ class EventType(IntEnum):
     RING_BROKEN = lib.CORE_EVENT_RING_BROKEN
     MEMORY_LOST = lib.CORE_EVENT_MEMORY_LOST
     LOG = lib.CORE_EVENT_LOG
+    REJECTED = lib.CORE_EVENT_REJECTED
 
 
 MODE_NAMES = {lib.CORE_STANDBY: "standby", lib.CORE_ACTIVE: "active"}
@@ -183,6 +184,7 @@ class DiskInfo:
     errors: int
     unsupported: int
     rejected: int
+    broken: int
     held: int
     queues: tuple[QueueInfo, ...]
 

@@ -80,7 +80,7 @@ def show_status(status: Json) -> str:
 def show_stats(stats: Json) -> str:
     """query-stats for a person."""
     rows: list[tuple[str, object]] = []
-    for part in ("group", "disks", "compression"):
+    for part in ("group", "disks", "compression", "rejections"):
         for name, value in stats[part].items():
             if "-ns" in name:
                 shown: object = f"{value / 1e6:.3f} ms"

@@ -20,7 +20,7 @@ import socket
 import time
 from contextlib import ExitStack
 
-from . import __version__, control, core, notify, qmp, storage, vhost_messages
+from . import __version__, control, core, notify, qmp, rejections, storage, vhost_messages
 from .config import Config
 from .errors import EpochdError
 from .listener import Listener, adopt
@@ -121,6 +121,7 @@ class Daemon:
             notify.tell("READY=1", f"STATUS={self._state(group)}")
             while not await self._stop_is_asked():
                 await self._look_after(doors)
+                rejections.tell_silent()
                 notify.tell(f"STATUS={self._state(group)}")
             notify.tell("STOPPING=1", f"STATUS=stopping ({self._reason})")
             await self._stop(group)
@@ -222,14 +223,26 @@ class Daemon:
     def _client_event(self, disk: Disk, connected: bool) -> None:
         self._emit("CLIENT_CONNECTED" if connected else "CLIENT_DISCONNECTED", {"disk": disk.name})
 
+    def _peer(self, disk: int) -> str:
+        """Who has the disk."""
+        session = self._ports[disk].session
+        return session.peer if session is not None else "a front end that is gone"
+
     def _core_event(self, event: core.Event) -> None:
         """Logs, sessions to end, and what controllers want to know."""
         kind = core.EventType
         if event.type == kind.LOG:
-            log.log(event.value, "%s", event.text)
+            rejections.say(log, event.value, "core", "%s", event.text)
         elif event.type == kind.RING_BROKEN:
-            log.error("disk %s: queue %d is broken and stopped: %s",
-                      self._disk_names[event.disk], event.value, event.text)
+            rejections.say(log, logging.ERROR, rejections.RINGS,
+                           "disk %s: queue %d of %s is broken and stopped: %s",
+                           self._disk_names[event.disk], event.value, self._peer(event.disk),
+                           event.text)
+        elif event.type == kind.REJECTED:
+            rejections.say(log, logging.WARNING, rejections.REQUESTS,
+                           "disk %s: queue %d of %s: rejected a %s",
+                           self._disk_names[event.disk], event.value, self._peer(event.disk),
+                           event.text, untold=event.first)
         elif event.type == kind.MEMORY_LOST:
             self._ports[event.disk].drop("its guest memory vanished (SIGBUS)")
         elif event.type == kind.IO_ERROR:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from . import core, rejections
 from .listener import Listener
 from .vhost import Disk, Session
+from .vhost_channel import peer_name
 
 log = logging.getLogger("epochd.vhost")
 
@@ -76,9 +77,9 @@ class Port:
                 continue
             if self.session is not None and not self.session.has_hung_up():
                 rejections.note(
-                    log, rejections.FRONT_ENDS,
-                    "disk %s: a second front end was turned away; %s has the disk",
-                    self.disk.name, self.session.peer,
+                    log, rejections.SECOND_FRONT_ENDS,
+                    "disk %s: a second front end was turned away, %s: %s has the disk",
+                    self.disk.name, peer_name(sock), self.session.peer,
                 )
                 sock.close()
                 continue
@@ -92,15 +93,17 @@ class Port:
         self._serving = asyncio.create_task(self._session(self.session))
 
     async def _session(self, session: Session) -> None:
-        log.info("disk %s: front end connected (%s)", self.disk.name, session.peer)
+        rejections.say(log, logging.INFO, "connections", "disk %s: front end connected (%s)",
+                       self.disk.name, session.peer)
         self._on_client(self.disk, True)
         try:
             why = await session.run()
-            text = "disk %s: front end disconnected: %s"
+            text = "disk %s: front end disconnected (%s): %s"
             if why in ("hung up", "the agent stops"):
-                log.info(text, self.disk.name, why)
+                rejections.say(log, logging.INFO, "connections", text, self.disk.name,
+                               session.peer, why)
             else:
-                rejections.note(log, rejections.FRONT_ENDS, text, self.disk.name, why)
+                rejections.note(log, session.fault, text, self.disk.name, session.peer, why)
         finally:
             self.session = None
             self._on_client(self.disk, False)

@@ -43,11 +43,13 @@ _STRUCTURE = re.compile(r'["\\{}\[\]]')
 
 
 class QmpError(Exception):
-    """An error reply: its class and one sentence."""
+    """An error reply: its class and one sentence; and the kind of `rejections` it counts as."""
 
-    def __init__(self, text: str, kind: str = "GenericError") -> None:
+    def __init__(self, text: str, kind: str = "GenericError",
+                 rejection: str = rejections.CONTROL_COMMANDS) -> None:
         super().__init__(text)
         self.kind = kind
+        self.rejection = rejection
 
 
 class TooLong(Exception):
@@ -114,12 +116,12 @@ class JsonStream:
         try:
             value: object = _DECODER.decode(whole)
         except (ValueError, RecursionError) as error:
-            return QmpError(f"invalid JSON: {error}")
+            return QmpError(f"invalid JSON: {error}", rejection=rejections.CONTROL_JSON)
         return value
 
     def _skip(self, why: str) -> QmpError:
         self._skipping = True
-        return QmpError(why)
+        return QmpError(why, rejection=rejections.CONTROL_JSON)
 
     def _find_end(self) -> int:
         """Length of the first whole value; 0: not there yet; -1: nested too deep."""
@@ -251,7 +253,7 @@ class Client(asyncio.Protocol):
         try:
             reply = {"return": await self._execute(message)}
         except QmpError as error:
-            rejections.note(log, rejections.CONTROL_COMMANDS, "control: %s: %s",
+            rejections.note(log, error.rejection, "control: rejected a command of %s: %s",
                             self.peer, str(error).replace("\n", " ")[:LOGGED_CHARACTERS])
             reply = {"error": {"class": error.kind, "desc": str(error)}}
         except Exception as error:
@@ -265,7 +267,7 @@ class Client(asyncio.Protocol):
         if isinstance(message, QmpError):
             raise message
         if not isinstance(message, dict):
-            raise QmpError("a command is a JSON object")
+            raise QmpError("a command is a JSON object", rejection=rejections.CONTROL_JSON)
         if unknown := message.keys() - {"execute", "arguments", "id"}:
             raise QmpError(f"unknown member {min(unknown)!r}; a command has execute, arguments "
                            "and id")
@@ -273,7 +275,8 @@ class Client(asyncio.Protocol):
         if not isinstance(name, str):
             raise QmpError("member 'execute' is missing or not a string")
         if not isinstance(arguments, dict):
-            raise QmpError("member 'arguments' is not an object")
+            raise QmpError("member 'arguments' is not an object",
+                           rejection=rejections.CONTROL_ARGUMENTS)
         if not self._negotiated:
             return self._negotiate(name, arguments)
         handler = self._server.commands.get(name)
@@ -287,7 +290,8 @@ class Client(asyncio.Protocol):
             raise QmpError("expecting capabilities negotiation with 'qmp_capabilities' first",
                            "CommandNotFound")
         if arguments.keys() - {"enable"} or arguments.get("enable", []) != []:
-            raise QmpError("no capability can be enabled here: none was offered")
+            raise QmpError("no capability can be enabled here: none was offered",
+                           rejection=rejections.CONTROL_ARGUMENTS)
         self._negotiated = True
         return {}
 

@@ -82,6 +82,7 @@ class Session:
         self._ring_queues: set[int] = set()
         self._worker: asyncio.Task[None] | None = None
         self._end = "hung up"
+        self.fault = rejections.FRONT_ENDS
         self._dropped = False
         self.peer = peer_name(sock)
 
@@ -156,7 +157,7 @@ class Session:
         except HungUp:
             pass
         except ProtocolError as error:
-            self._end = f"protocol error: {error}"
+            self._end, self.fault = f"protocol error: {error}", error.kind
         except Exception as error:
             log.exception("disk %s: bug while serving the front end", self.disk.name)
             self._end = f"internal error: {error}"
@@ -169,9 +170,10 @@ class Session:
         try:
             reply = await self._obey(message)
         except (Refused, core.CoreError) as error:
+            kind = rejections.MEMORY if message.request in OF_MEMORY else rejections.MESSAGES
             if not need_reply:
-                raise ProtocolError(f"{message.name}: {error}") from None
-            rejections.note(log, rejections.MESSAGES, "disk %s: refused %s of %s: %s",
+                raise ProtocolError(f"{message.name}: {error}", kind) from None
+            rejections.note(log, kind, "disk %s: refused %s of %s: %s",
                             self.disk.name, message.name, self.peer, error)
             reply = Reply(wire.U64.pack(1))
         if reply is None and need_reply:
@@ -343,8 +345,9 @@ class Session:
     async def _get_config(self, message: Message) -> Reply:
         offset, size, flags = wire.CONFIG.unpack_from(message.payload)
         if size > wire.PAYLOAD_BYTES_MAX - wire.CONFIG.size:
-            rejections.note(log, rejections.MESSAGES, "disk %s: GET_CONFIG of %d bytes refused",
-                            self.disk.name, size)
+            rejections.note(log, rejections.MESSAGES,
+                            "disk %s: refused GET_CONFIG of %s: %d bytes are too many",
+                            self.disk.name, self.peer, size)
             return Reply(b"")  # the specification's way to say no
         data = self.disk.config_space[offset : offset + size].ljust(size, b"\0")
         return Reply(wire.CONFIG.pack(offset, size, flags) + data)
@@ -359,9 +362,9 @@ class Session:
         _, _, queues, queue_size = wire.INFLIGHT.unpack_from(message.payload)
         padding = bytes(len(message.payload) - wire.INFLIGHT.size)
         if not (0 < queues <= core.QUEUES_MAX and 0 < queue_size <= core.QUEUE_SIZE_MAX):
-            rejections.note(log, rejections.MESSAGES,
-                            "disk %s: no in-flight region for %d queues of %d entries",
-                            self.disk.name, queues, queue_size)
+            rejections.note(log, rejections.MEMORY,
+                            "disk %s: refused GET_INFLIGHT_FD of %s: %d queues of %d entries",
+                            self.disk.name, self.peer, queues, queue_size)
             return Reply(wire.INFLIGHT.pack(0, 0, queues, queue_size) + padding)
         size = core.inflight_bytes(queues, queue_size)
         fd = os.memfd_create(f"epochd-inflight-{self.disk.name}", os.MFD_CLOEXEC)
@@ -378,6 +381,11 @@ class Session:
             self.disk.index, message.fds[0], size, offset, queues, queue_size
         )
 
+
+OF_MEMORY = (
+    Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.REM_MEM_REG, Request.SET_LOG_BASE,
+    Request.GET_INFLIGHT_FD, Request.SET_INFLIGHT_FD,
+)
 
 _ONE_FD = (1, 1)
 _MAYBE_FD = (0, 1)

@@ -10,12 +10,18 @@ import socket
 import struct
 from collections.abc import Callable
 
+from . import rejections
 from . import vhost_messages as wire
 from .vhost_messages import Message, Reply
 
 
 class ProtocolError(Exception):
-    """The stream of messages cannot be trusted any more; the connection must end."""
+    """The connection must end: the stream of messages cannot be trusted any more, or one was
+    refused (`kind` of rejection) and the front end did not want to hear that."""
+
+    def __init__(self, text: str, kind: str = rejections.FRONT_ENDS) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class HungUp(Exception):
@@ -110,4 +116,5 @@ def peer_name(sock: socket.socket) -> str:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     except OSError:
         return "unknown process"
-    return f"process {struct.unpack('=iII', credentials)[0]}"
+    pid, uid, _ = struct.unpack("=iII", credentials)
+    return f"process {pid} of user {uid}"

@@ -8,6 +8,8 @@
 
 #include "reactor.h"
 
+typedef unsigned long long ull;
+
 #define IOV_MAX_KERNEL 1024u      /* UIO_MAXIOV */
 #define STATUS_PENDING 0xffu     /* ours: the request goes on */
 #define STATUS_HELD 0xfeu        /* ours: not taken, no room */
@@ -395,6 +397,22 @@ static bool in_range(const struct blk *b, uint64_t sector, uint64_t sectors)
     return sector <= b->sectors && sectors <= b->sectors - sector;
 }
 
+/* Says why a range of the disk was refused. */
+__attribute__((cold)) static void reject_range(struct blk *b, const struct ring *r, uint32_t type,
+                                               uint64_t sector, uint64_t bytes)
+{
+    const char *why = "is too long";
+
+    if (bytes % SECTOR_BYTES)
+        why = "is not made of whole sectors";
+    else if (!in_range(b, sector, bytes / SECTOR_BYTES))
+        why = "is beyond the disk's end";
+    else if (type != VIRTIO_BLK_T_IN && b->config->read_only)
+        why = "would change a read-only disk";
+    blk_reject(b, r->index, "request type %u, %llu bytes at sector %llu, %s", type, (ull)bytes,
+               (ull)sector, why);
+}
+
 /* DISCARD and WRITE_ZEROES: one segment; both leave zeroes. */
 static uint8_t do_zero(struct blk *b, struct ring *r, uint16_t head, const struct chain *c,
                        uint32_t type)
@@ -405,17 +423,23 @@ static uint8_t do_zero(struct blk *b, struct ring *r, uint16_t head, const struc
     uint32_t flags = 0;
     int error;
 
-    if (data > sizeof(seg))
-        return VIRTIO_BLK_S_UNSUPP;
-    if (data < sizeof(seg))
-        return VIRTIO_BLK_S_IOERR;
+    if (data != sizeof(seg)) {
+        blk_reject(b, r->index, "request type %u with %llu bytes of ranges: %u are one range, more "
+                   "are not supported", type, (ull)data, (uint32_t)sizeof(seg));
+        return data > sizeof(seg) ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR;
+    }
     skip(&from, sizeof(struct virtio_blk_outhdr));
     span_read(&from, &seg, sizeof(seg));
     if (b->config->read_only || !in_range(b, seg.sector, seg.num_sectors) ||
-        seg.num_sectors > CORE_DISCARD_SECTORS_MAX)
+        seg.num_sectors > CORE_DISCARD_SECTORS_MAX) {
+        reject_range(b, r, type, seg.sector, (uint64_t)seg.num_sectors * SECTOR_BYTES);
         return VIRTIO_BLK_S_IOERR;
-    if (seg.flags & ~(type == VIRTIO_BLK_T_WRITE_ZEROES ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0u))
+    }
+    if (seg.flags & ~(type == VIRTIO_BLK_T_WRITE_ZEROES ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+                                                        : 0u)) {
+        blk_reject(b, r->index, "request type %u with unknown flags %#x", type, seg.flags);
         return VIRTIO_BLK_S_UNSUPP;
+    }
     if (!room(b, r, EPOCH_ZERO_ROOM))
         return no_room(r);
     if (type == VIRTIO_BLK_T_DISCARD) {
@@ -452,8 +476,10 @@ static uint8_t read_or_write(struct blk *b, struct ring *r, uint16_t head, const
 
     /* Many descriptors may name one page: a disk's size is no bound for a request's work. */
     if (bytes % SECTOR_BYTES || !in_range(b, sector, bytes / SECTOR_BYTES) ||
-        bytes > CORE_REQUEST_BYTES_MAX)
+        bytes > CORE_REQUEST_BYTES_MAX) {
+        reject_range(b, r, type, sector, bytes);
         return VIRTIO_BLK_S_IOERR;
+    }
     if (type == VIRTIO_BLK_T_IN) {
         uint8_t status = do_read(b, r, head, c, sector, bytes);
 
@@ -461,8 +487,10 @@ static uint8_t read_or_write(struct blk *b, struct ring *r, uint16_t head, const
             *data_bytes = bytes;
         return status;
     }
-    if (b->config->read_only || too_large(b, bytes))
+    if (b->config->read_only || too_large(b, bytes)) {
+        reject_range(b, r, type, sector, bytes);
         return VIRTIO_BLK_S_IOERR;
+    }
     return do_write(b, r, head, c, sector, bytes, header);
 }
 
@@ -472,7 +500,8 @@ static uint8_t dispatch(struct blk *b, struct ring *r, const struct chain *c,
     uint16_t head = c->head;
 
     if (unlikely(c->out_bytes < sizeof(c->header))) {
-        b->stats.rejected++;
+        blk_reject(b, r->index, "request of %llu readable bytes: its header has %u",
+                   (ull)c->out_bytes, (uint32_t)sizeof(c->header));
         return VIRTIO_BLK_S_IOERR;
     }
     switch (c->header.type) {
@@ -488,6 +517,7 @@ static uint8_t dispatch(struct blk *b, struct ring *r, const struct chain *c,
     case VIRTIO_BLK_T_WRITE_ZEROES:
         return do_zero(b, r, head, c, c->header.type);
     default:
+        blk_reject(b, r->index, "request of unknown type %u", c->header.type);
         return VIRTIO_BLK_S_UNSUPP;
     }
 }

@@ -48,7 +48,7 @@ struct request {
 
 struct blk_stats {
     uint64_t reads, writes, flushes, discards, write_zeroes, get_ids;
-    uint64_t read_bytes, write_bytes, errors, unsupported, rejected, held;
+    uint64_t read_bytes, write_bytes, errors, unsupported, rejected, broken, held;
 };
 
 struct blk {
@@ -68,6 +68,8 @@ struct blk {
     uint32_t reads_busy;           /* image reads that target guest memory */
     bool paused;                   /* rings wait for a command that needs them quiet */
     bool lost_told;
+    uint64_t reject_told_ns;       /* the last event about a rejected request ... */
+    uint64_t rejects_untold;       /* ... and requests rejected since */
     uint64_t stop_since_ns;        /* a stop waits since then for what may never come; 0: none */
     struct command *command_first, *command_last;
     struct blk_stats stats;
@@ -92,6 +94,10 @@ uint64_t blk_timer(const struct blk *b);
 /* Commands from the control thread, in order; step: true when one was carried out. */
 void blk_command(struct blk *b, struct command *c);
 bool blk_step(struct blk *b);
+
+/* Counts a request that asks for what cannot be, and tells why; not of each in a flood. */
+void blk_reject(struct blk *b, uint32_t queue, const char *format, ...)
+    __attribute__((format(printf, 3, 4), cold));
 
 void blk_query(const struct blk *b, core_disk_info *out);
 

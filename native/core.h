@@ -131,7 +131,8 @@ typedef struct {
     uint64_t read_bytes, write_bytes;
     uint64_t errors;              /* requests answered with IOERR */
     uint64_t unsupported;         /* requests answered with UNSUPP */
-    uint64_t rejected;            /* malformed requests and broken rings */
+    uint64_t rejected;            /* requests that ask for what cannot be, and broken rings */
+    uint64_t broken;              /* rings that broke: part of rejected */
     uint64_t held;                /* writes that had to wait for the arena */
     core_queue_info queue[CORE_QUEUES_MAX];
 } core_disk_info;
@@ -146,7 +147,9 @@ enum core_event_type {
     CORE_EVENT_IO_ERROR,      /* result: -errno, text: what failed, disk or CORE_NO_DISK */
     CORE_EVENT_RING_BROKEN,   /* disk, value: queue, text */
     CORE_EVENT_MEMORY_LOST,   /* disk: guest memory vanished (SIGBUS); drop the front end */
-    CORE_EVENT_LOG            /* value: Python logging level, text */
+    CORE_EVENT_LOG,           /* value: Python logging level, text */
+    CORE_EVENT_REJECTED       /* disk, value: queue, text; first: so many before it of the disk
+                                 that no event told of */
 };
 #define CORE_NO_DISK 4294967295
 

@@ -5,12 +5,14 @@
  * Owner: the reactor thread.
  */
 #include <errno.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "reactor.h"
 
+#define REJECT_TELL_NS 10000000ull /* a disk tells of so few: an event costs memory */
 #define WATCH_TAG(b, q) (1u + (b)->disk * CORE_QUEUES_MAX + (q))
 
 void blk_init(struct blk *b, struct reactor *core, uint32_t disk)
@@ -45,9 +47,30 @@ void blk_ring_broken(struct ring *r)
     core_event event = {.type = CORE_EVENT_RING_BROKEN, .disk = r->blk->disk, .value = r->index};
 
     r->blk->stats.rejected++;
+    r->blk->stats.broken++;
     memcpy(event.text, r->reason, sizeof(event.text));
     reactor_emit(r->blk->core, &event);
     blk_running_changed(r->blk);
+}
+
+void blk_reject(struct blk *b, uint32_t queue, const char *format, ...)
+{
+    uint64_t now = b->core->group.now_ns;
+    core_event event = {.type = CORE_EVENT_REJECTED, .disk = b->disk, .value = queue};
+    va_list args;
+
+    b->stats.rejected++;
+    if (b->reject_told_ns && now - b->reject_told_ns < REJECT_TELL_NS) {
+        b->rejects_untold++;
+        return;
+    }
+    event.first = b->rejects_untold;
+    b->rejects_untold = 0;
+    b->reject_told_ns = now;
+    va_start(args, format);
+    vsnprintf(event.text, sizeof(event.text), format, args);
+    va_end(args);
+    reactor_emit(b->core, &event);
 }
 
 void blk_running_changed(struct blk *b)
@@ -473,6 +496,7 @@ void blk_query(const struct blk *b, core_disk_info *out)
     out->errors = s->errors;
     out->unsupported = s->unsupported;
     out->rejected = s->rejected;
+    out->broken = s->broken;
     out->held = s->held;
     for (uint32_t i = 0; i < CORE_QUEUES_MAX; i++) {
         const struct ring *r = &b->ring[i];

@@ -145,7 +145,9 @@ def test_arena_journal_and_epochs_are_those_of_query_status(agent: Daemon, attac
         same = {**before, "uptime-seconds": 0} == {**after, "uptime-seconds": 0}
         return (after, now) if same and now["arena"]["used"] == after["arena"]["used"] else None
 
-    status, now = until("a quiet moment", both)
+    pair = until("a quiet moment", both)
+    assert pair is not None
+    status, now = pair
     for name in ("mode", "generation", "open", "committed", "applied", "name", "uuid", "error"):
         assert now[name] == status[name]
     for name in ("logical-bytes", "stored-bytes", "index-bytes"):
