@@ -290,6 +290,11 @@ def journal_bytes_min(arena_bytes: int) -> int:
     return int(lib.core_journal_bytes_min(arena_bytes))
 
 
+def arena_huge_pages(fd: int, size_bytes: int) -> int:
+    """Put a new arena's pages into huge ones; return how many bytes the kernel gave."""
+    return int(lib.core_arena_huge_pages(fd, size_bytes))
+
+
 def inflight_bytes(queues: int, queue_size: int) -> int:
     """Size in bytes of the in-flight region of `queues` rings of `queue_size` entries."""
     return int(lib.core_inflight_bytes(queues, queue_size))

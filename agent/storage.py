@@ -244,6 +244,10 @@ def open_arena(group: bytes, size_bytes: int) -> Arena:
     arena = Arena(name, fd, existing or size_bytes, created=existing == 0)
     try:
         check_arena_room(arena.size_bytes, name)
+        if arena.created:
+            os.ftruncate(fd, arena.size_bytes)
+            huge = core.arena_huge_pages(fd, arena.size_bytes)
+            log.debug("arena /dev/shm%s: %d MiB in huge pages", name, huge >> 20)
         os.posix_fallocate(fd, 0, arena.size_bytes)
     except OSError as error:
         arena.abandon()

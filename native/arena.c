@@ -2,6 +2,7 @@
 #include "arena.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -45,6 +46,53 @@ static int check_header(const struct arena_header *h, uint64_t bytes, const uint
     return 0;
 }
 
+#define HUGE_BYTES (2ull << 20)
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Debian 12's headers are older than its use */
+#endif
+
+/* Where huge pages may begin; MAP_FAILED and errno as from mmap(). */
+static void *map_aligned(int fd, uint64_t bytes)
+{
+    uint8_t *space = mmap(NULL, bytes + HUGE_BYTES, PROT_NONE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    uint8_t *base, *map;
+    int error;
+
+    if (space == MAP_FAILED)
+        return MAP_FAILED;
+    base = space + (HUGE_BYTES - (uintptr_t)space % HUGE_BYTES) % HUGE_BYTES;
+    map = mmap(base, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+    if (map == MAP_FAILED) {
+        error = errno;
+        munmap(space, bytes + HUGE_BYTES);
+        errno = error;
+        return MAP_FAILED;
+    }
+    if (base > space)
+        munmap(space, (size_t)(base - space));
+    bytes = page_round_up(bytes);
+    if (space + HUGE_BYTES > base)
+        munmap(base + bytes, (size_t)(space + HUGE_BYTES - base));
+    return map;
+}
+
+uint64_t arena_huge_pages(int fd, uint64_t bytes)
+{
+    uint8_t *base = map_aligned(fd, bytes);
+    uint64_t done = 0;
+
+    if (base == MAP_FAILED)
+        return 0;
+    for (; done + HUGE_BYTES <= bytes; done += HUGE_BYTES)
+        /* One page has to be there; a full file system says so instead of killing us. */
+        if (fallocate(fd, 0, (off_t)done, PAGE) ||
+            madvise(base + done, HUGE_BYTES, MADV_COLLAPSE))
+            break;
+    munmap(base, bytes);
+    return done;
+}
+
 int arena_attach(struct arena *a, int fd, uint64_t bytes, const uint8_t group[16],
                  const uint8_t boot_id[16], bool *fresh, char *text)
 {
@@ -52,7 +100,7 @@ int arena_attach(struct arena *a, int fd, uint64_t bytes, const uint8_t group[16
     int error;
 
     memset(a, 0, sizeof(*a));
-    base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    base = map_aligned(fd, bytes);
     if (base == MAP_FAILED) {
         error = -errno;
         snprintf(text, CORE_TEXT_MAX, "arena: cannot map %llu bytes: %s",

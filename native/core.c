@@ -19,6 +19,11 @@
 
 /* ---- Journal file -------------------------------------------------------------------------- */
 
+uint64_t core_arena_huge_pages(int fd, uint64_t bytes)
+{
+    return arena_huge_pages(fd, bytes);
+}
+
 uint64_t core_journal_bytes_min(uint64_t arena_bytes)
 {
     /* All of the arena as one record, its table included. */

@@ -176,6 +176,7 @@ typedef struct {
 int core_journal_inspect(int fd, core_journal_info *out, char *text);
 int core_journal_format(const core_config *config, const uint8_t *group, char *text);
 uint64_t core_journal_bytes_min(uint64_t arena_bytes);
+uint64_t core_arena_huge_pages(int fd, uint64_t bytes); /* of a new arena; see arena.h */
 int core_open(const core_config *config, core **out, char *text);
 int core_start(core *c, char *text);
 /* Live view, before core_start(): core_metrics_bytes() bytes of shared memory, all zero, that
