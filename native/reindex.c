@@ -1,12 +1,13 @@
 /* reindex.c - epoch_reindex(): the index of an epoch from the frames in its segments.
  *
  * Frames come in no order of time: the packer moves them about, and a kill may have left two
- * copies of one. Their seq is the order; equal ones say the same. A radix sort, since a restart
- * of a full arena must not keep a guest waiting: millions of frames take tenths of a second.
+ * copies of one. Their seq is the order; equal ones say the same. A radix sort in place, since a
+ * restart of a full arena must not keep a guest waiting, nor need more memory than the index.
  */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "group.h"
 #include "mutant.h"
@@ -14,54 +15,15 @@
 /* A block's version, or that of a run of zero blocks. */
 struct seen {
     uint64_t seq;
-    uint64_t block;
     arena_loc loc;
-    uint8_t disk, mask;
-    uint8_t run;            /* blocks, or RANGE */
-    uint8_t flags;
+    uint32_t member;        /* of a cluster */
 };
-_Static_assert(sizeof(struct seen) == 24, "millions of them");
-#define RANGE 0u
-_Static_assert(ZERO_SLOTS_MAX < 256 && CLUSTER_BLOCKS < 256, "run");
+_Static_assert(sizeof(struct seen) == 16, "less than the index, for millions of blocks");
 
 struct all_seen {
-    struct seen *at;
-    uint64_t count, max;
+    struct seen *at;        /* NULL: only counted */
+    uint64_t count;
 };
-
-static int add(struct all_seen *all, struct seen one)
-{
-    if (all->count == all->max) {
-        uint64_t more = all->max ? all->max * 2 : 4096;
-        struct seen *grown = realloc(all->at, more * sizeof(*grown));
-
-        if (!grown)
-            return -ENOMEM;
-        all->at = grown;
-        all->max = more;
-    }
-    all->at[all->count++] = one;
-    return 0;
-}
-
-static int add_frame(struct all_seen *all, const struct frame_header *h, arena_loc loc)
-{
-    struct seen one = {.seq = h->seq, .block = h->block, .loc = loc, .disk = h->disk,
-                       .mask = h->mask, .flags = h->flags};
-    int error = 0;
-
-    if (h->kind != FRAME_CLUSTER) {
-        one.run = h->blocks > ZERO_SLOTS_MAX ? RANGE : (uint8_t)h->blocks;
-        return add(all, one);
-    }
-    one.run = 1;
-    for (uint32_t i = 0; i < h->blocks && !error; i++) {
-        one.seq = cluster_seq(h)[i];
-        one.block = h->block + i;
-        error = add(all, one);
-    }
-    return error;
-}
 
 /* Is all of the frame on a disk of the group? Applied, it would go beyond the image. */
 static bool on_disk(const struct group *g, const struct frame_header *h)
@@ -72,54 +34,101 @@ static bool on_disk(const struct group *g, const struct frame_header *h)
     return h->disk < g->config.disks && end * SECTOR_BYTES <= g->config.disk[h->disk].size_bytes;
 }
 
-static int collect(struct group *g, struct epoch *e, const struct segment_list *l,
-                   struct all_seen *all)
+static void add_frame(struct all_seen *all, const struct frame_header *h, arena_loc loc)
+{
+    uint32_t members = h->kind == FRAME_CLUSTER ? h->blocks : 1;
+
+    for (uint32_t i = 0; all->at && i < members; i++)
+        all->at[all->count + i] = (struct seen){
+            .seq = h->kind == FRAME_CLUSTER ? cluster_seq(h)[i] : h->seq, .loc = loc, .member = i};
+    all->count += members;
+}
+
+static int collect_list(struct group *g, const struct segment_list *l, struct all_seen *all)
 {
     for (uint32_t n = 0, segment = l->first; n < l->count; n++, segment = g->arena.next[segment]) {
         uint32_t tail = arena_tail(&g->arena, segment), offset = 0, at = 0;
         struct frame_header *h;
 
+        if (!all->at) /* one call instead of a page fault a frame; no harm where it is unknown */
+            madvise(arena_segment(&g->arena, segment), page_round_up(tail), MADV_POPULATE_READ);
         while ((h = arena_frame_next(&g->arena, segment, tail, &offset))) {
-            int error = on_disk(g, h) ? add_frame(all, h, arena_loc_of(segment, at)) : -EILSEQ;
-
-            if (error)
-                return error;
+            if (!on_disk(g, h))
+                return -EILSEQ;
+            add_frame(all, h, arena_loc_of(segment, at));
             at = offset;
         }
         if (offset != tail)
             return -EILSEQ; /* below a published tail all frames are whole */
-        e->stored_bytes += tail;
     }
     return 0;
 }
 
-#define DIGIT_BITS 11u
-#define DIGITS (1u << DIGIT_BITS)
-
-/* One pass of the sort, stable. */
-static void sort_digit(const struct seen *from, struct seen *to, uint64_t count, uint64_t least,
-                       uint32_t shift)
+static int collect(struct group *g, struct epoch *e, struct all_seen *all)
 {
-    uint64_t place[DIGITS] = {0}, sum = 0;
+    int error = collect_list(g, &e->raw_list, all);
 
-    for (uint64_t i = 0; i < count; i++)
-        place[(from[i].seq - least) >> shift & (DIGITS - 1)]++;
-    for (uint32_t d = 0; d < DIGITS; d++) {
-        uint64_t here = place[d];
-
-        place[d] = sum;
-        sum += here;
-    }
-    for (uint64_t i = 0; i < count; i++)
-        to[place[(from[i].seq - least) >> shift & (DIGITS - 1)]++] = from[i];
+    return error ? error : collect_list(g, &e->kept_list, all);
 }
 
-/* By seq, oldest first. */
-static int sort(struct all_seen *all)
+/* ---- By seq, oldest first ------------------------------------------------------------------ */
+
+#define FEW 32u
+
+static void sort_few(struct seen *s, uint64_t count)
+{
+    for (uint64_t i = 1; i < count; i++) {
+        struct seen one = s[i];
+        uint64_t at = i;
+
+        for (; at > 0 && s[at - 1].seq > one.seq; at--)
+            s[at] = s[at - 1];
+        s[at] = one;
+    }
+}
+
+/* By the byte at `shift` in place ("American flag"), then each of its parts by the next one. */
+static void sort_from(struct seen *s, uint64_t count, uint64_t least, uint32_t shift)
+{
+    uint64_t next[256] = {0}, end[256], sum = 0;
+
+    if (count <= FEW) {
+        sort_few(s, count);
+        return;
+    }
+    for (uint64_t i = 0; i < count; i++)
+        next[(s[i].seq - least) >> shift & 255]++;
+    for (uint32_t d = 0; d < 256; d++) {
+        uint64_t here = next[d];
+
+        next[d] = sum;
+        sum += here;
+        end[d] = sum;
+    }
+    for (uint32_t d = 0; d < 256; d++)
+        while (next[d] < end[d]) {
+            struct seen one = s[next[d]];
+            uint32_t to;
+
+            while ((to = (one.seq - least) >> shift & 255) != d) {
+                struct seen other = s[next[to]];
+
+                s[next[to]++] = one;
+                one = other;
+            }
+            s[next[d]++] = one;
+        }
+    for (uint32_t d = 0; shift > 0 && d < 256; d++) {
+        uint64_t first = d > 0 ? end[d - 1] : 0;
+
+        sort_from(s + first, end[d] - first, least, shift - 8);
+    }
+}
+
+static void sort(struct all_seen *all)
 {
     uint64_t least = UINT64_MAX, most = 0;
     bool sorted = true;
-    struct seen *other;
 
     for (uint64_t i = 0; i < all->count; i++) {
         uint64_t seq = all->at[i].seq;
@@ -128,73 +137,93 @@ static int sort(struct all_seen *all)
         least = seq < least ? seq : least;
         most = seq > most ? seq : most;
     }
-    if (sorted)
-        return 0;
-    other = malloc(all->count * sizeof(*other));
-    if (!other)
-        return -ENOMEM;
-    for (uint32_t shift = 0; shift < 64 && (most - least) >> shift > 0; shift += DIGIT_BITS) {
-        struct seen *from = all->at;
-
-        sort_digit(from, other, all->count, least, shift);
-        all->at = other;
-        other = from;
-    }
-    free(other);
-    return 0;
+    if (!sorted)
+        sort_from(all->at, all->count, least,
+                  (63 - (uint32_t)__builtin_clzll((most - least) | 1)) / 8 * 8);
 }
+
+/* ---- Into the index ------------------------------------------------------------------------ */
 
 static int enter(struct group *g, struct epoch *e, const struct seen *s)
 {
-    if (s->run == RANGE) {
-        const struct frame_header *h = arena_frame(&g->arena, s->loc);
+    const struct frame_header *h = arena_frame(&g->arena, s->loc);
+    uint32_t blocks = h->kind == FRAME_CLUSTER ? 1 : h->blocks;
 
+    if (blocks > ZERO_SLOTS_MAX) {
         g->arena.use[arena_loc_segment(s->loc)].slots++; /* never dies */
-        return epoch_put_range(g, e, h->disk, h->block, h->block + h->blocks, h->flags);
+        return epoch_put_range(g, e, h->disk, h->block, h->block + blocks, h->flags);
     }
-    for (uint32_t i = 0; i < s->run; i++) {
-        struct index_slot *slot = index_slot(&e->index, s->disk, s->block + i, 0);
+    for (uint32_t i = 0; i < blocks; i++) {
+        struct index_slot *slot = index_slot(&e->index, h->disk, h->block + s->member + i, 0);
 
         if (!slot)
             return -ENOMEM;
-        epoch_point(g, e, slot, s->loc, s->mask);
+        epoch_point(g, e, slot, s->loc, h->mask);
     }
     return 0;
 }
 
 #define AHEAD 8u /* lookups under way at once */
 
+/* One entry's frame, and a nearer one's slot, under way to the cache. */
+static void prepare(struct group *g, struct epoch *e, const struct all_seen *all, uint64_t i)
+{
+    const struct frame_header *h;
+
+    if (i + 2 * AHEAD < all->count)
+        __builtin_prefetch(arena_frame(&g->arena, all->at[i + 2 * AHEAD].loc));
+    if (i + AHEAD >= all->count)
+        return;
+    h = arena_frame(&g->arena, all->at[i + AHEAD].loc);
+    index_prefetch(&e->index, h->disk, h->block + all->at[i + AHEAD].member);
+}
+
 static int enter_all(struct group *g, struct epoch *e, const struct all_seen *all)
 {
     int error = index_reserve(&e->index, all->count);
 
     for (uint64_t i = 0; i < all->count && !error; i++) {
-        if (i + AHEAD < all->count)
-            index_prefetch(&e->index, all->at[i + AHEAD].disk, all->at[i + AHEAD].block);
+        prepare(g, e, all, i);
         error = enter(g, e, &all->at[i]);
     }
     return error;
 }
 
+static int enter_epoch(struct group *g, struct epoch *e, struct all_seen *all)
+{
+    int error = collect(g, e, all);
+    uint64_t last;
+
+    if (error)
+        return error;
+    sort(all);
+    if (all->at[0].seq < g->seq) /* written before an older epoch's: not of this epoch */
+        return -EILSEQ;
+    last = all->at[all->count - 1].seq;
+    if (last >= g->seq && !mutant(MUTANT_FORGET_SEQ))
+        g->seq = last + 1;
+    return enter_all(g, e, all);
+}
+
+static void count_stored(struct group *g, struct epoch *e, const struct segment_list *l)
+{
+    for (uint32_t n = 0, segment = l->first; n < l->count; n++, segment = g->arena.next[segment])
+        e->stored_bytes += arena_tail(&g->arena, segment);
+}
+
 int epoch_reindex(struct group *g, struct epoch *e)
 {
     struct all_seen all = {0};
-    int error;
+    int error = collect(g, e, &all);
 
-    error = collect(g, e, &e->raw_list, &all);
-    if (!error)
-        error = collect(g, e, &e->kept_list, &all);
-    if (!error)
-        error = sort(&all);
+    count_stored(g, e, &e->raw_list);
+    count_stored(g, e, &e->kept_list);
     if (!error && all.count > 0) {
-        if (all.at[0].seq < g->seq) /* written before an older epoch's: not of this epoch */
-            error = -EILSEQ;
-        if (all.at[all.count - 1].seq >= g->seq && !mutant(MUTANT_FORGET_SEQ))
-            g->seq = all.at[all.count - 1].seq + 1;
-        if (!error)
-            error = enter_all(g, e, &all);
+        all.at = malloc(all.count * sizeof(*all.at));
+        all.count = 0;
+        error = all.at ? enter_epoch(g, e, &all) : -ENOMEM;
+        free(all.at);
     }
-    free(all.at);
     if (!error && !e->frozen)
         pack_recounted(g, e);
     return error;
