@@ -32,7 +32,8 @@ static arena_loc store(struct pack *p, struct arena_cursor *at, const struct fra
     if (seq)
         memcpy(to + 1, seq, seqs);
     memcpy((uint8_t *)(to + 1) + seqs, payload, h->payload_bytes - seqs);
-    to->crc = frame_crc(to);
+    if (!to->crc) /* a copy keeps its own: what has changed since is found by it */
+        to->crc = frame_crc(to);
     p->stored += frame_bytes(h->payload_bytes);
     return arena_frame_end(&p->group->arena, at);
 }
@@ -92,6 +93,7 @@ static void pack_one(struct pack *p, struct worker *w, struct arena_cursor *at,
         keep_raw(p, at, h);
         return;
     }
+    to.crc = 0;
     to.kind = FRAME_ZSTD;
     to.payload_bytes = bytes;
     moved(p, h, loc_of(p, h), store(p, at, &to, NULL, p->squeezed));
@@ -220,7 +222,8 @@ static bool pack_alive(struct pack *p, struct worker *w, struct arena_cursor *at
 {
     const struct arena *a = &p->group->arena;
     const struct frame_header *old = arena_frame(a, loc);
-    const uint8_t *plain = cluster_expand(&w->expand, a, loc);
+    const uint8_t *plain =
+        old->crc == frame_crc(old) ? cluster_expand(&w->expand, a, loc) : NULL;
     struct frame_header h[CLUSTER_BLOCKS / 2 + 1];
     uint32_t first[CLUSTER_BLOCKS / 2 + 1], runs = 0, used = 0, total = 0, n, bytes;
 
