@@ -254,8 +254,10 @@ static void begin(struct group *g, struct pack *p, struct epoch *e)
 
 #define RECLAIM_PERCENT 75u
 #define BEHIND_SHARE 8u       /* behind: so much of the arena waits to be packed */
-#define LEVEL_BEHIND (-3)     /* half the time of level 1, for a tenth more bytes */
-#define LEVEL_TIGHT 3         /* when room is short and time is not */
+#define LEVEL_BEHIND (-3)     /* when there is no time: a tenth more bytes than level 1 */
+#define LEVEL_EASY 3          /* when there is: a fifth more time, 3 % fewer bytes */
+#define LEVEL_TIGHT 5         /* ... and room is short: two and a half times, 6 % */
+#define EASY_QUEUE 2u         /* segments: the packer keeps up */
 #define TIGHT_PERCENT 50u
 #define STREAK_SKIP 4u        /* so many incompressible segments in a row: try one in four */
 
@@ -288,24 +290,26 @@ uint32_t pack_queue(const struct group *g)
     for (uint32_t i = 0; i < g->epochs; i++) {
         const struct epoch *e = g->epoch[i];
 
-        if (!e->frozen && e->raw_list.count > 0)
-            queue += e->raw_list.count - (e->state == CORE_EPOCH_OPEN);
+        if (!e->frozen && may_pack(g, e))
+            queue += e->raw_list.count - lag(g, e);
     }
     return queue;
 }
 
-/* A writer that is faster than the packer needs room soon; a full arena needs it most. */
+/* A writer that is faster than the packer needs room soon. Where the packer keeps up, time is
+ * cheap: the more so the shorter the room. */
 static int level(const struct group *g)
 {
-    int normal = g->config.compress_level;
-    uint32_t queue;
+    int normal = g->config.compress_level, high;
+    bool tight = group_pressure_percent(g) >= TIGHT_PERCENT;
+    uint32_t queue = pack_queue(g);
 
-    if (group_pressure_percent(g) < TIGHT_PERCENT)
-        return normal;
-    queue = pack_queue(g);
-    if (queue > g->arena.segments / BEHIND_SHARE)
+    if (tight && queue > g->arena.segments / BEHIND_SHARE)
         return LEVEL_BEHIND;
-    return queue <= 2 && normal < LEVEL_TIGHT ? LEVEL_TIGHT : normal;
+    if (!g->pack.paused && queue > EASY_QUEUE)
+        return normal;
+    high = tight ? LEVEL_TIGHT : LEVEL_EASY;
+    return normal < high ? high : normal;
 }
 
 /* Not worth a try: compression is off, nothing is alive, or nothing has shrunk for long. */

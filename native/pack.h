@@ -102,7 +102,7 @@ bool pack_step(struct group *g);
 /* When pack_step() is due again, in ns; 0: when something has changed. */
 uint64_t pack_timer(const struct group *g);
 
-/* Raw segments of epochs that may be packed, the one being written aside. */
+/* Raw segments that wait for the packer, those aside that are left raw for now. */
 uint32_t pack_queue(const struct group *g);
 
 /* Something has changed that may give the packer work. */

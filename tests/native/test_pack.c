@@ -290,6 +290,45 @@ static void what_does_not_shrink_is_hardly_tried(void **state)
         text_is(b, i, 1);
 }
 
+/* Fills a share of the arena with raw text, seals it, and returns the first job's level. */
+static int level_at(struct bench *b, uint32_t percent, bool paused)
+{
+    struct group *g = b->group;
+    uint64_t block = 0;
+
+    while (group_pressure_percent(g) < percent)
+        write_random(b, &(struct dice){.state = block}, block % BLOCKS), block++;
+    assert_non_null(epoch_create(g, epoch_open(g)->id + 1));
+    g->epoch[0]->state = CORE_EPOCH_SEALED;
+    g->pack.paused = paused;
+    g->pack.check_seq = paused ? g->seq : 0;
+    while (g->pack.phase == PACK_IDLE)
+        assert_true(pack_step(g));
+    return g->pack.level;
+}
+
+static void the_level_follows_room_and_time(void **state)
+{
+    static const struct {
+        uint32_t percent;
+        bool paused;
+        int level;
+    } want[] = {
+        {3, false, 3},   /* nothing else waits */
+        {20, false, 1},  /* a queue: as configured */
+        {20, true, 3},   /* nobody writes */
+        {60, false, -3}, /* room is needed now */
+    };
+
+    bench_end(*state);
+    for (uint32_t i = 0; i < sizeof(want) / sizeof(want[0]); i++) {
+        bench_start(*state, BLOCKS * BLOCK_BYTES, 1u << 20, 1);
+        assert_int_equal(level_at(*state, want[i].percent, want[i].paused), want[i].level);
+        bench_end(*state);
+    }
+    bench_start(*state, BLOCKS * BLOCK_BYTES, 1u << 20, 1);
+}
+
 /* Nothing new: a step that does nothing. */
 static void there_is_nothing_to_do_until_something_changes(void **state)
 {
@@ -389,6 +428,7 @@ int main(void)
         CASE(members_live_on_their_own),
         CASE(worn_clusters_are_cut_down),
         CASE(what_does_not_shrink_is_hardly_tried),
+        CASE(the_level_follows_room_and_time),
         CASE(there_is_nothing_to_do_until_something_changes),
         CASE(a_step_is_a_few_frames),
         CASE(a_commit_ends_packing_in_the_middle),
