@@ -548,6 +548,12 @@ __attribute__((noinline)) static void trace_begin(struct ring *r, const struct c
     metrics_trace_begin(&g->metrics, g->now_ns, &about);
 }
 
+void blk_look_ahead(struct blk *b, const struct chain *c)
+{
+    if (c->header.type == VIRTIO_BLK_T_IN && c->out_bytes >= sizeof(c->header))
+        epoch_fetch(&b->core->group, b->disk, c->header.sector / BLOCK_SECTORS);
+}
+
 bool blk_execute(struct ring *r, const struct chain *c)
 {
     uint64_t data_bytes = 0;

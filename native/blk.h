@@ -80,6 +80,8 @@ void blk_free(struct blk *b);
 
 /* Copies the request's header out of the chain, and gets the index bucket under way. */
 void blk_expect(struct blk *b, struct chain *c);
+/* The request is next but one: gets the data that it reads under way. */
+void blk_look_ahead(struct blk *b, const struct chain *c);
 /* Carries the request out; false: it is not taken, the ring is held until there is room. */
 bool blk_execute(struct ring *r, const struct chain *c);
 

@@ -131,6 +131,18 @@ void epoch_expect(const struct group *g, uint32_t disk, uint64_t block)
     index_prefetch(&epoch_open(g)->index, disk, block);
 }
 
+void epoch_fetch(const struct group *g, uint32_t disk, uint64_t block)
+{
+    const struct index_slot *s = index_find(&epoch_open(g)->index, disk, block);
+    const uint8_t *at;
+
+    if (!s || !s->mask)
+        return;
+    at = (const uint8_t *)arena_frame(&g->arena, s->loc);
+    for (uint32_t i = 0; i < FRAME_BYTES_MAX; i += 64)
+        __builtin_prefetch(at + i);
+}
+
 bool epoch_room(const struct group *g, uint64_t blocks)
 {
     const struct arena_cursor *at = &epoch_open(g)->raw;

@@ -74,6 +74,9 @@ static inline bool epoch_empty(const struct epoch *e)
 /* A request for the block comes next: gets what it will look up under way to the cache. */
 void epoch_expect(const struct group *g, uint32_t disk, uint64_t block);
 
+/* A read of the block comes soon: gets what the open epoch has of it under way. */
+void epoch_fetch(const struct group *g, uint32_t disk, uint64_t block);
+
 /* Between begin and end, frames are not shown one by one: publish shows all so far, and must
  * come before any of their requests is answered. Nothing else may look at the arena then. */
 void epoch_batch_begin(struct group *g);

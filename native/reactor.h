@@ -65,7 +65,7 @@ struct reactor {
     struct ring *running[RINGS_MAX];
     uint32_t running_count;
     bool polled_ring;             /* one of them has no kick descriptor */
-    struct chain chain[2];        /* of the request in hand, and of the one after it */
+    struct chain chain[CHAINS_AHEAD]; /* of the request in hand, and of those after it */
     struct ring *news[RINGS_MAX]; /* rings with answers that their drivers do not see yet */
     uint32_t news_count;
     uint8_t *block;               /* one block, for reads */

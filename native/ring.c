@@ -518,32 +518,35 @@ static void fetch_ahead(const struct ring *r, uint32_t ahead)
     }
 }
 
-/* One chain ahead of the request in hand: while its data is copied, the next one's table and
- * index bucket arrive. */
+/* Chains are prepared ahead of the request in hand. While its data is copied, the next one's
+ * table and index bucket arrive, and one before that what the index points at. */
 static uint32_t take(struct ring *r, uint32_t count)
 {
-    struct chain *now = &r->blk->core->chain[0], *next = &r->blk->core->chain[1];
-    bool more = prepare(r, available(r, 0), now);
-    uint32_t done = 0;
+    struct chain *chain = r->blk->core->chain;
+    uint32_t done = 0, ready = 0;
+    bool good = true;
 
-    while (more && r->inflight < r->size) {
-        struct chain *swap = next;
-        uint16_t head = now->head;
+    while (r->inflight < r->size) {
+        struct chain *now = &chain[done % CHAINS_AHEAD];
 
-        if (done + 2 < count)
-            fetch_ahead(r, 2);
-        more = done + 1 < count && prepare(r, available(r, 1), next);
-        record_take(r, head);
+        for (; good && ready < count && ready < done + CHAINS_AHEAD; ready += good) {
+            if (ready + 1 < count)
+                fetch_ahead(r, ready - done + 1);
+            good = prepare(r, available(r, ready - done), &chain[ready % CHAINS_AHEAD]);
+        }
+        if (ready == done)
+            break;
+        if (ready > done + 1)
+            blk_look_ahead(r->blk, &chain[(done + 1) % CHAINS_AHEAD]);
+        record_take(r, now->head);
         crash_point("take-before-run");
         if (!blk_execute(r, now)) {
-            record_untake(r, head);
+            record_untake(r, now->head);
             break;
         }
         r->requests++;
         r->last_avail++;
         done++;
-        next = now;
-        now = swap;
     }
     return done;
 }

@@ -22,6 +22,7 @@
 struct blk;
 
 #define CHAIN_SPANS_MAX (CORE_QUEUE_SIZE_MAX + 64u) /* a buffer may cross regions */
+#define CHAINS_AHEAD 4u          /* prepared at once, that of the request in hand included */
 #define VHOST_VRING_LOG 1u       /* flag of SET_VRING_ADDR: used ring is logged */
 
 /* In-flight region, one a queue (vhost-user "split virtqueue" layout). */

@@ -148,6 +148,7 @@ static void open_engine(uint64_t arena_bytes)
         core_journal_format(&config, id, text) ||
         pread(config.journal_fd, disk.file[0].data, JOURNAL_LOG_OFFSET, 0) < 0)
         finding("%s", text);
+    arena_huge_pages(config.arena_fd, arena_bytes);
     engine = calloc(1, sizeof(*engine));
     r = &engine->reactor;
     r->wake_fd = r->event_fd = -1;

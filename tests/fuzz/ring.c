@@ -113,11 +113,10 @@ int fuzz_munmap(void *base, size_t bytes)
             free(base);
             return 0;
         }
-    if (bytes < ARENA_BYTES) { /* log, in-flight region */
-        free(base);
-        return 0;
-    }
-    return munmap(base, bytes);
+    if ((uintptr_t)base % PAGE == 0) /* the arena's */
+        return munmap(base, bytes);
+    free(base); /* log, in-flight region: memory of mapping(), never on a page's start */
+    return 0;
 }
 
 /* ---- The guest's other processor -------------------------------------------------------- */
@@ -243,7 +242,7 @@ void *fuzz_memcpy(void *to, const void *from, size_t bytes)
     if (bytes > 1)
         mutate((uint32_t)r, offset + bytes / 2, bytes - bytes / 2);
     memcpy((uint8_t *)to + bytes / 2, (const uint8_t *)from + bytes / 2, bytes - bytes / 2);
-    for (uint32_t i = 0; i < 2; i++) {
+    for (uint32_t i = 0; i < CHAINS_AHEAD; i++) {
         const struct chain *c = &engine->reactor.chain[i];
 
         if ((uint8_t *)to >= (const uint8_t *)c->table &&
@@ -285,6 +284,8 @@ static struct mapping *mapping(uint64_t bytes)
 
     m->bytes = bytes;
     m->base = calloc(1, bytes);
+    if ((uintptr_t)m->base % PAGE == 0)
+        finding("this allocator puts memory on a page's start");
     return m;
 }
 
