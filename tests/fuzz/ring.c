@@ -102,6 +102,11 @@ static void check_region(uint32_t r)
                     region[r].host[i]);
 }
 
+static void free_off_page(void *at)
+{
+    free((uint8_t *)at - ((uint8_t *)at)[-1]);
+}
+
 /* A mapping ends: what it held lives on in the guest. Called instead of munmap(). */
 int fuzz_munmap(void *base, size_t bytes)
 {
@@ -110,12 +115,12 @@ int fuzz_munmap(void *base, size_t bytes)
             check_region(i);
             memcpy(region[i].shadow, region[i].host, place[i].bytes);
             region[i].base = region[i].host = NULL;
-            free(base);
+            free_off_page(base);
             return 0;
         }
     if ((uintptr_t)base % PAGE == 0) /* the arena's */
         return munmap(base, bytes);
-    free(base); /* log, in-flight region: memory of mapping(), never on a page's start */
+    free_off_page(base); /* log, in-flight region */
     return 0;
 }
 
@@ -278,14 +283,27 @@ static struct command *command(enum command_kind kind, uint32_t queue)
     return c;
 }
 
+/* Zeroed, never on a page's start: fuzz_munmap() tells it by that from the arena. The byte
+ * before it is how far behind the allocation's start it is. */
+static void *off_page(uint64_t bytes)
+{
+    for (uint8_t skip = 16;; skip = 32) {
+        uint8_t *at = calloc(1, bytes + skip);
+
+        if (((uintptr_t)at + skip) % PAGE) {
+            at[skip - 1] = skip;
+            return at + skip;
+        }
+        free(at);
+    }
+}
+
 static struct mapping *mapping(uint64_t bytes)
 {
     struct mapping *m = calloc(1, sizeof(*m));
 
     m->bytes = bytes;
-    m->base = calloc(1, bytes);
-    if ((uintptr_t)m->base % PAGE == 0)
-        finding("this allocator puts memory on a page's start");
+    m->base = off_page(bytes);
     return m;
 }
 
