@@ -519,6 +519,15 @@ static int void_tail(struct recovery *r)
 
 /* ---- Epochs in the arena --------------------------------------------------------------- */
 
+/* A discard is remembered before it is one: storing `base` makes it so. One that a kill has
+ * kept from it never was, and its epochs may be committed yet. */
+static void forget_unborn_discards(struct arena_header *h)
+{
+    for (uint32_t i = 0; i < ARENA_DISCARDED_MAX; i++)
+        if (h->discarded[i].last >= h->base)
+            h->discarded[i].first = h->discarded[i].last = 0;
+}
+
 static int create_uncommitted(struct recovery *r)
 {
     struct group *g = r->g;
@@ -526,6 +535,7 @@ static int create_uncommitted(struct recovery *r)
 
     if (h->base > h->open) /* a discard was under way: finish it */
         h->open = h->base;
+    forget_unborn_discards(h);
     if (h->open <= g->committed || h->open - g->committed > UINT32_MAX ||
         h->base == 0)
         return refuse(r, -EINVAL, "arena: its open epoch %llu does not go with the journal, "

@@ -126,6 +126,34 @@ static void a_lost_acknowledged_record_is_committed_anew(void **state)
     assert_int_equal(get(b), 5);
 }
 
+/* Killed before them: it was only remembered, and its epochs can still be committed. */
+static void a_discard_that_had_not_begun_is_forgotten(void **state)
+{
+    struct bench *b = *state;
+    uint8_t data[BLOCK_BYTES];
+    struct arena_header *h = b->group->arena.header;
+    uint64_t id = epoch_open(b->group)->id;
+
+    memset(data, 7, sizeof(data));
+    assert_int_equal(bench_write(b, 0, 0, data, sizeof(data)), 0);
+    h->discarded[h->discarded_next].first = h->discarded[h->discarded_next].last = id;
+    h->discarded_next++;
+    bench_kill(b);
+    assert_int_equal(bench_open(b), 0);
+    assert_int_equal(bench_verb(b, VERB_SEAL)->value, id);
+    for (uint32_t i = 0; i < 2; i++) { /* the repeat says the same */
+        const core_event *answer;
+
+        b->events = 0;
+        answer = bench_answer(b, bench_submit(b, VERB_COMMIT, id, false));
+        assert_int_equal(answer->result, 0);
+        assert_int_equal(answer->value, id);
+    }
+    assert_int_equal(bench_verb(b, VERB_DISCARD)->result, 0);
+    b->events = 0;
+    assert_int_equal(bench_answer(b, bench_submit(b, VERB_COMMIT, id, false))->result, 0);
+}
+
 /* R11: killed between the two stores of a discard. */
 static void a_discard_that_was_under_way_is_finished(void **state)
 {
@@ -453,6 +481,7 @@ int main(void)
         ROW(an_unacknowledged_record_is_not_believed),
         ROW(the_tail_is_voided_once_the_superblock_is_durable),
         ROW(a_lost_acknowledged_record_is_committed_anew),
+        ROW(a_discard_that_had_not_begun_is_forgotten),
         ROW(a_discard_that_was_under_way_is_finished),
         ROW(an_arena_behind_the_journal_is_refused),
     };
