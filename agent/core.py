@@ -223,6 +223,7 @@ class GroupSetup:
     workers: int
     journal_fd: int
     journal_direct: bool
+    journal_fua: bool
     arena_fd: int
     arena_bytes: int
     compress_level: int
@@ -274,6 +275,7 @@ def _c_config(setup: GroupSetup) -> Any:
     for name in ("workers", "journal_fd", "arena_fd", "arena_bytes", "compress_level", "spin_us"):
         setattr(config, name, getattr(setup, name))
     config.journal_direct = setup.journal_direct
+    config.journal_fua = setup.journal_fua
     ffi.memmove(config.boot_id, setup.boot_id, 16)
     for disk, c_disk in zip(setup.disks, config.disk, strict=False):
         for name in ("fd", "direct", "read_only", "block_device", "size_bytes", "identity",
@@ -318,6 +320,13 @@ def journal_format(setup: GroupSetup, group: bytes) -> None:
     text = _text_buffer()
     config = _c_config(setup)
     _check(lib.core_journal_format(config, ffi.from_buffer("uint8_t[]", group), text), text)
+
+
+def journal_zero(fd: int, offset: int, size: int) -> None:
+    """Write `size` zero bytes (whole pages) at `offset` of a new journal; OSError."""
+    error = lib.core_journal_zero(fd, offset, size)
+    if error < 0:
+        raise OSError(-error, os.strerror(-error))
 
 
 def metrics_bytes() -> int:

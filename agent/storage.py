@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import stat
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import posix_ipc
 
-from . import core, locks
+from . import core, locks, notify
 from .config import Config
 from .errors import (
     ArenaError,
@@ -43,9 +44,14 @@ log = logging.getLogger("epochd.storage")
 
 SHM_DIR = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+SYS_BLOCK = Path("/sys/dev/block")
 NOTE_SUFFIX = ".group"
 LIVE_SUFFIX = ".live"
 WORKERS_MAX = 4
+PAGE = 4096
+ZERO_PIECE = 64 << 20
+TELL_SECONDS = 2.0
+EXTEND_USEC = 60_000_000  # for the service manager's patience; a piece never takes so long
 
 
 @dataclass
@@ -130,6 +136,19 @@ def refuse_orphans(images: list[Image], group: bytes | None) -> None:
                 raise ArenaOrphaned(name, note["journal"], name)
 
 
+def forced_unit_access(fd: int) -> bool:
+    """True when the file's device makes single writes durable by itself: it has FUA, or no
+    volatile cache. False where that cannot be told (a file system without a device)."""
+    device = os.fstat(fd).st_dev
+    node = SYS_BLOCK / f"{os.major(device)}:{os.minor(device)}"
+    for queue in (node / "queue", node / ".." / "queue"):  # of a partition: the disk's
+        with contextlib.suppress(OSError):
+            return (queue / "fua").read_text().strip() == "1" or (
+                queue / "write_cache"
+            ).read_text().strip() == "write through"
+    return False
+
+
 def _open_journal_file(path: Path, create: bool) -> tuple[int, bool]:
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
     try:
@@ -142,10 +161,28 @@ def _open_journal_file(path: Path, create: bool) -> tuple[int, bool]:
     return os.open(path, flags & ~os.O_EXCL, 0o600), False
 
 
+def _write_once(journal: Journal) -> None:
+    """Write zeroes all over it; seconds for gigabytes, so tell how far it is."""
+    size = journal.size_bytes // PAGE * PAGE
+    told = time.monotonic()
+    for at in range(0, size, ZERO_PIECE):
+        core.journal_zero(journal.fd, at, min(ZERO_PIECE, size - at))
+        if time.monotonic() - told >= TELL_SECONDS:
+            told = time.monotonic()
+            done = f"writing the new journal: {at >> 20} of {size >> 20} MiB"
+            log.info("journal %s: %s", journal.path, done)
+            notify.tell(f"STATUS={done}", f"EXTEND_TIMEOUT_USEC={EXTEND_USEC}")
+
+
 def _allocate_journal(journal: Journal) -> None:
-    """Give a new journal its blocks now: a commit must not find the disk full later."""
+    """Give a new journal its blocks now: a commit must not find the disk full later.
+
+    And write them: the first flush after a write to a block that never was written takes the
+    file system twice as long, and waits for others' changes to it.
+    """
     try:
         os.posix_fallocate(journal.fd, 0, journal.size_bytes)
+        _write_once(journal)
         os.fsync(journal.fd)
         folder = os.open(journal.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -328,6 +365,7 @@ def _setup(config: Config, images: list[Image], journal: Journal) -> core.GroupS
         workers=max(1, min(WORKERS_MAX, cpus - 1)),
         journal_fd=journal.fd,
         journal_direct=journal.direct,
+        journal_fua=forced_unit_access(journal.fd),
         arena_fd=-1,
         arena_bytes=config.arena_bytes,
         compress_level=config.compress_level,

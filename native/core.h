@@ -57,6 +57,7 @@ typedef struct {
     uint32_t workers;             /* helper threads; 0 is taken as 1 */
     int journal_fd;               /* O_RDWR */
     int journal_direct;           /* journal_fd was opened with O_DIRECT */
+    int journal_fua;              /* its device makes single writes durable, without a flush */
     int arena_fd;                 /* POSIX shared memory of arena_bytes */
     int compress_level;           /* zstd level 1..19; 0: no compression */
     uint64_t arena_bytes;
@@ -177,6 +178,10 @@ int core_journal_inspect(int fd, core_journal_info *out, char *text);
 int core_journal_format(const core_config *config, const uint8_t *group, char *text);
 uint64_t core_journal_bytes_min(uint64_t arena_bytes);
 uint64_t core_arena_huge_pages(int fd, uint64_t bytes); /* of a new arena; see arena.h */
+/* Writes zeroes to a part of a new journal (whole pages), so that its blocks are written once:
+ * the first write to a block that is only allocated costs a flush of the file system's own
+ * journal. Negative errno. */
+int core_journal_zero(int fd, uint64_t offset, uint64_t bytes);
 int core_open(const core_config *config, core **out, char *text);
 int core_start(core *c, char *text);
 /* Live view, before core_start(): core_metrics_bytes() bytes of shared memory, all zero, that

@@ -3,7 +3,8 @@
  * submit() takes an operation and returns; reap() delivers completions by calling
  * op->done() on the calling thread. The operation, its iovecs and its buffers belong to the
  * disk layer until then. Order: none between operations in flight; a SYNC covers only
- * operations whose completion was delivered before the SYNC was submitted.
+ * operations whose completion was delivered before the SYNC was submitted. A durable WRITE is
+ * a WRITE and a SYNC of its own bytes, for less.
  * Result: bytes transferred as asked, 0 for SYNC, ZERO and PUNCH, or a negative errno. A
  * transfer that stays short is -EIO.
  *
@@ -34,6 +35,7 @@ struct disk_op {
     uint64_t bytes;                /* of the whole transfer */
     struct iovec *iov;             /* READ, WRITE; may be changed by the disk layer */
     uint32_t iov_count;
+    bool durable;                  /* WRITE: its completion means that it is on stable storage */
     void (*done)(struct disk_op *op, int64_t result);
     void *owner;                   /* for done() */
     struct disk_op *next;          /* the disk layer's */

@@ -79,6 +79,8 @@ static void give_transfer(struct disk_uring *u, struct io_uring_sqe *sqe, struct
     } else {
         io_uring_prep_writev(sqe, file, op->iov, op->iov_count, at);
     }
+    if (op->durable)
+        sqe->rw_flags = RWF_DSYNC;
 }
 
 static void give(struct disk_uring *u, struct disk_op *op)

@@ -388,8 +388,18 @@ static void commit_written(struct disk_op *op, int64_t result)
 
     w->busy = false;
     c->busy--;
+    if (w->op.durable)
+        c->sync_ns = g->now_ns;
     if (result < 0 && !c->error && !mutant(MUTANT_IGNORE_WRITE_ERROR))
         c->error = (int)result;
+}
+
+/* A record that is one write needs no flush behind it where the device has forced unit access,
+ * or no cache. Elsewhere the kernel flushes behind the write, in a thread of its own that has to
+ * be scheduled: that costs more than our flush as soon as processors are busy. */
+static bool durable(const struct group *g)
+{
+    return g->config.journal_direct && g->config.journal_fua && small(&g->journal.commit);
 }
 
 /* Writes bytes at a position, up to the ring's end; returns how many, 0: no slot free. */
@@ -410,8 +420,8 @@ static uint64_t write_piece(struct group *g, uint8_t *from, uint64_t lsn, uint64
         w->iov = (struct iovec){.iov_base = from, .iov_len = bytes};
         w->op = (struct disk_op){.opcode = DISK_WRITE, .file = DISK_JOURNAL,
                                  .offset = journal_offset(j, lsn), .bytes = bytes,
-                                 .iov = &w->iov, .iov_count = 1, .done = commit_written,
-                                 .owner = g};
+                                 .iov = &w->iov, .iov_count = 1, .durable = durable(g) && !mutant(MUTANT_NO_COMMIT_SYNC),
+                                 .done = commit_written, .owner = g};
         c->busy++;
         g->stats.journal_bytes += bytes;
         disk_submit(g->disk, &w->op);
@@ -653,7 +663,9 @@ bool journal_step(struct group *g)
         moved |= write_header(g);
         if ((c->busy == 0 || mutant(MUTANT_SYNC_BEFORE_WRITES)) && !c->job_busy &&
             (c->error || c->header_written)) {
-            if (c->error)
+            if (!c->error && durable(g))
+                commit_synced(g, 0);
+            else if (c->error)
                 c->phase = COMMIT_FINISHED;
             else
                 commit_sync(g);

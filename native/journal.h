@@ -2,8 +2,9 @@
  *
  * The durable commit record is the only commit point. A commit writes the segments of its
  * epochs from where they lie in the arena, and a header that covers them by checksum; waits
- * for all completions; then fdatasync; then acknowledges. Nothing orders the writes among
- * themselves: a record that is not whole has a wrong checksum and does not count.
+ * for all completions; then fdatasync; then acknowledges. A small record is one durable write
+ * instead. Nothing orders the writes among themselves: a record that is not whole has a wrong
+ * checksum and does not count.
  *
  * Owner: the reactor thread. Errors: any failed write or flush fails the commit as a whole;
  * the epochs are sealed again and a repeat writes everything anew, since after a failed
@@ -30,7 +31,9 @@ struct group;
 #endif
 #define JOURNAL_WRITE_MAX (4u * SEGMENT_BYTES) /* neighbours written as one */
 #define JOURNAL_WRITES_MAX 16u   /* in flight */
+#ifndef JOURNAL_SMALL_BYTES      /* the simulator has smaller ones, see tests/sim */
 #define JOURNAL_SMALL_BYTES 131072u  /* a record up to this is copied together: one write */
+#endif
 #define JOURNAL_INLINE_BYTES 262144u /* up to this, checksums are not worth a helper */
 
 /* A record that the images lack still. */

@@ -267,6 +267,27 @@ static void check_unchanged(struct sim_disk *d, const struct disk_op *op,
     }
 }
 
+/* Is there an older write to the same place that may still be lost? */
+static bool covers_older(const struct sim_disk *d, const struct sim_write *w)
+{
+    for (uint32_t i = 0; i < d->writes && d->write[i] != w; i++)
+        if (d->write[i]->file == w->file && w->at < d->write[i]->at + d->write[i]->bytes &&
+            d->write[i]->at < w->at + w->bytes)
+            return true;
+    return false;
+}
+
+/* A durable write is on the medium. Over an older one it stays in the list, so that a crash
+ * puts both there in their order. */
+static void write_durable(struct sim_disk *d, struct sim_write *w)
+{
+    w->durable = true;
+    if (covers_older(d, w))
+        return;
+    write_to(&d->file[w->file].durable, w);
+    forget_write(d, w);
+}
+
 static int64_t do_write(struct sim_disk *d, const struct sim_flying *f, bool fail)
 {
     struct sim_write *w = f->write;
@@ -282,7 +303,9 @@ static int64_t do_write(struct sim_disk *d, const struct sim_flying *f, bool fai
     write_completed(d, w);
     if (!fail) {
         write_to(&d->file[w->file].current, w);
-        return f->op->opcode == DISK_WRITE ? (int64_t)w->bytes : 0;
+        if (f->op->durable)
+            write_durable(d, w);
+        return f->op->opcode == DISK_WRITE ? (int64_t)f->op->bytes : 0;
     }
     /* Any part of it was done. */
     t = tear_pick(&d->rng, w->bytes);
@@ -323,10 +346,12 @@ static int64_t do_sync(struct sim_disk *d, const struct sim_flying *f, bool fail
             i++;
             continue;
         }
-        if (fail)
+        if (fail && !w->durable)
             abandon(d, w, stale);
         else
             write_to(&d->file[w->file].durable, w);
+        if (w->durable) /* an older one that was given up may have hidden it */
+            write_to(&d->file[w->file].current, w);
         forget(d, i);
     }
     return fail ? -EIO : 0;
@@ -424,6 +449,7 @@ static struct sim_write *write_copy(const struct sim_write *w)
         memcpy(copy->data, w->data, w->bytes);
     }
     copy->done = w->done;
+    copy->durable = w->durable;
     return copy;
 }
 
@@ -447,7 +473,9 @@ static void settle(struct sim_disk *to, const struct sim_write *w, uint32_t n,
     struct store *medium = &to->file[w->file].durable;
     struct tear t;
 
-    if (o->torn_seed) {
+    if (w->durable) {
+        t = (struct tear){.kind = TEAR_WHOLE};
+    } else if (o->torn_seed) {
         if (o->host && garbled(to, w, r))
             return;
         t = tear_pick(r, w->bytes);

@@ -3,7 +3,8 @@
  *
  * Each file has two contents: `durable`, what the medium holds, and `current`, what a read
  * sees (medium and cache). A write reaches `current` when it completes; it reaches `durable`
- * when a SYNC completes that was submitted after the write's completion was delivered.
+ * when a SYNC completes that was submitted after the write's completion was delivered, or at
+ * once when the write was asked to be durable.
  * Operations in flight complete in any order. At a crash (sim_disk_fork()) each write that is
  * not durable is lost, whole, or torn at 512 bytes, independently of all others.
  *
@@ -50,6 +51,7 @@ struct sim_write {
     uint64_t at, bytes;          /* in `data` of the store */
     uint64_t done;               /* moment of completion; 0: in flight */
     uint8_t *data;               /* NULL: zeroes */
+    bool durable;                /* not lost, but over an older one that may be */
 };
 
 struct sim_flying {

@@ -143,6 +143,7 @@ static void configure(struct world *w, const struct setup *setup)
     c->disks = setup->disks;
     c->workers = 1;
     c->journal_fd = -1;
+    c->journal_direct = c->journal_fua = setup->journal_fua;
     c->arena_fd = w->arena_fd;
     c->arena_bytes = w->arena_bytes - (SIM_SEGMENTS - setup->segments) * SEGMENT_BYTES;
     c->compress_level = setup->compress_level;

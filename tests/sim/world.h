@@ -35,6 +35,7 @@ struct setup {
     int compress_level;
     uint32_t fault_percent;
     bool no_fallocate;
+    bool journal_fua;
     bool sync_lies;
 };
 
