@@ -21,6 +21,9 @@ from . import __version__, core
 from .errors import ConfigError, ConfigFileError, UsageError
 
 DEFAULT_ARENA_BYTES = 512 << 20
+DEFAULT_SPILL_FACTOR = 2  # of the arena
+ON_FULL = ("hold", "spill")
+ARENA_AND_SPILL_BYTES_MAX = 128 << 30
 DEFAULT_COMPRESS_LEVEL = 1
 DEFAULT_SPIN_US = 30
 COMPRESS_LEVEL_MAX = 19
@@ -47,13 +50,15 @@ class DiskConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A consistency group. `journal_bytes` None: twice the arena."""
+    """A consistency group. `journal_bytes` None: twice the arena, and the spill file;
+    `spill_bytes` 0: a full arena holds the guest."""
 
     name: str
     disks: tuple[DiskConfig, ...]
     state_dir: Path
     control: Path
     arena_bytes: int
+    spill_bytes: int
     journal_bytes: int | None
     compress_level: int
     spin_us: int
@@ -63,6 +68,11 @@ class Config:
     def journal_path(self) -> Path:
         """The journal file: identity and committed epochs of the group."""
         return self.state_dir / f"{self.name}.epochd-journal"
+
+    @property
+    def spill_path(self) -> Path:
+        """The spill file: where epochs go on when the arena is full."""
+        return self.state_dir / f"{self.name}.epochd-spill"
 
 
 def parse_size(value: object) -> int:
@@ -129,11 +139,27 @@ def _arena_size(value: object) -> int:
     return size
 
 
+def _spill_size(value: object) -> int:
+    size = parse_size(value)
+    if size < core.ARENA_BYTES_MIN:
+        raise ValueError(f"{size} bytes are less than the smallest spill file, "
+                         f"{core.ARENA_BYTES_MIN}")
+    return size
+
+
+def _on_full(value: object) -> str:
+    if value not in ON_FULL:
+        raise ValueError(f"{value!r} is not one of " + ", ".join(ON_FULL))
+    return str(value)
+
+
 GROUP_KEYS: dict[str, Callable[[object], Any]] = {
     "name": _name,
     "state-dir": _string,
     "control": _string,
     "arena-size": _arena_size,
+    "on-full": _on_full,
+    "spill-size": _spill_size,
     "journal-size": parse_size,
     "compress-level": _between(0, COMPRESS_LEVEL_MAX),
     "spin-us": _between(0, SPIN_US_MAX),
@@ -247,13 +273,14 @@ _EPILOG = """\
 Sizes are bytes or a number with K, M, G or T (powers of 1024).
 
 The configuration file is TOML: the keys state-dir, control, arena-size, journal-size,
-compress-level (0 to 19, default 1; 0: off), spin-us (default 30) and name, and one [[disk]]
-table a disk with image, socket, name, read-only and serial. Flags win over the file; paths
-in the file are relative to its folder.
+on-full (hold or spill, default hold), spill-size, compress-level (0 to 19, default 1; 0: off),
+spin-us (default 30) and name, and one [[disk]] table a disk with image, socket, name, read-only
+and serial. Flags win over the file; paths in the file are relative to its folder.
 
 Files: STATE-DIR/NAME.epochd-journal holds the group's identity and its committed epochs,
-/dev/shm/epochd-ID its uncommitted ones. NAME is the first image's base name unless the file
-says otherwise.
+/dev/shm/epochd-ID its uncommitted ones, and with --on-full spill STATE-DIR/NAME.epochd-spill
+what of them was too much for the arena; without the arena it means nothing. NAME is the
+first image's base name unless the file says otherwise.
 
 Exit status: 0 stopped cleanly, 1 failure while running, 2 usage or configuration,
 3 image unusable or in use, 4 journal, arena or recovery refused, 5 socket unusable.
@@ -287,8 +314,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of journal and identity (default: the image's folder)")
     add("--arena-size", metavar="SIZE", type=_option_type(_arena_size),
         help="shared memory for epochs that are not applied yet (default: 512M)")
+    add("--on-full", choices=ON_FULL,
+        help="a full arena makes writes wait (hold, the default), or epochs go on in a file "
+        "(spill)")
+    add("--spill-size", metavar="SIZE", type=_option_type(_spill_size),
+        help="size of that file, allocated at start (default: twice the arena)")
     add("--journal-size", metavar="SIZE", type=_option_type(parse_size),
-        help="size of the journal file when it is created (default: twice the arena)")
+        help="size of the journal file when it is created (default: twice the arena, "
+        "and the spill file)")
     add("--compress-level", metavar="N",
         type=_option_type(_between(0, COMPRESS_LEVEL_MAX)),
         help="zstd level of the arena, 0 to 19; 0: none (default: 1)")
@@ -320,6 +353,19 @@ def _command_line_disk(options: argparse.Namespace) -> DiskConfig | None:
     return _disk(values, Path.cwd(), options.fd)
 
 
+def _spill_bytes(where: str, group: dict[str, Any], arena_bytes: int) -> int:
+    """0 when a full arena is to hold the guest."""
+    if group.get("on-full", "hold") == "hold":
+        if "spill-size" in group:
+            raise ConfigError(where, "spill-size", "means nothing without on-full = \"spill\"")
+        return 0
+    size: int = group.get("spill-size", DEFAULT_SPILL_FACTOR * arena_bytes)
+    if arena_bytes + size > ARENA_AND_SPILL_BYTES_MAX:
+        raise ConfigError(where, "spill-size", f"{size} bytes and an arena of {arena_bytes} are "
+                          f"more than {ARENA_AND_SPILL_BYTES_MAX} together")
+    return size
+
+
 def _assemble(options: argparse.Namespace) -> Config:
     where = str(options.config) if options.config else COMMAND_LINE
     group, disks = _read_file(options.config) if options.config else ({}, ())
@@ -331,7 +377,7 @@ def _assemble(options: argparse.Namespace) -> Config:
         raise UsageError("no disk: give --blk-file and --socket-path, or --config with [[disk]]")
     if len(disks) > core.DISKS_MAX:
         raise ConfigError(where, "disk", f"{len(disks)} disks; at most {core.DISKS_MAX}")
-    for key in ("arena-size", "journal-size", "compress-level"):
+    for key in ("arena-size", "on-full", "spill-size", "journal-size", "compress-level"):
         if (value := getattr(options, key.replace("-", "_"))) is not None:
             group[key] = value
     for key in ("state-dir", "control"):
@@ -339,12 +385,14 @@ def _assemble(options: argparse.Namespace) -> Config:
             group[key] = Path(value).absolute()
     name = group.get("name") or _default_name(disks[0].image)
     state_dir = group.get("state-dir") or _state_dir(where, disks)
+    arena_bytes = group.get("arena-size", DEFAULT_ARENA_BYTES)
     config = Config(
         name=name,
         disks=disks,
         state_dir=state_dir,
         control=group.get("control") or state_dir / f"{name}.control",
-        arena_bytes=group.get("arena-size", DEFAULT_ARENA_BYTES),
+        arena_bytes=arena_bytes,
+        spill_bytes=_spill_bytes(where, group, arena_bytes),
         journal_bytes=group.get("journal-size"),
         compress_level=group.get("compress-level", DEFAULT_COMPRESS_LEVEL),
         spin_us=group.get("spin-us", DEFAULT_SPIN_US),

@@ -7,6 +7,7 @@ be repeated: the same question gives the same answer. Sizes are bytes, times nan
 To add a verb: a method, and its line in Control.commands().
 """
 
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
@@ -134,6 +135,7 @@ class Control:
                 "percent": status.pressure,
                 "name": self._group.arena.name,
             },
+            "spill": self._spill(status),
             "journal": {
                 "size": status.journal_size,
                 "used": status.journal_used,
@@ -153,6 +155,18 @@ class Control:
             "disks": len(self._ports),
             "version": __version__,
             "uptime-seconds": int(time.monotonic() - self._started),
+        }
+
+    def _spill(self, status: core.Status) -> object:
+        """The spill file; None when there is none."""
+        if self._group.spill is None:
+            return None
+        return {
+            "size": status.spill_size,
+            "used": status.spill_used,
+            "closed": self._group.spill.closed,
+            "path": str(self._group.spill.path),
+            "error": os.strerror(status.spill_fault) if status.spill_fault else "",
         }
 
     def query_epochs(self) -> object:
@@ -202,7 +216,8 @@ class Control:
             "seals", "commits", "applies", "discards", "compressed_frames",
             "incompressible_frames", "zero_frames", "dropped_frames", "compress_ns",
             "seal_ns_last", "commit_ns_last", "apply_ns_last", "journal_bytes_written",
-            "image_bytes_written", "logical_bytes", "stored_bytes", "index_bytes",
+            "image_bytes_written", "spill_bytes_written", "logical_bytes", "stored_bytes",
+            "index_bytes",
         )
         group: dict[str, object] = {name: getattr(status, name) for name in names}
         sums: dict[str, int] = {}
@@ -247,6 +262,8 @@ def event_message(event: core.Event, disk_names: list[str]) -> tuple[str, dict[s
             return "EPOCH_DISCARDED", {"epochs": dropped, "committed": event.value}
         case kind.PRESSURE:
             return "ARENA_PRESSURE", {"percent": event.value, "held": bool(event.first)}
+        case kind.SPILL:
+            return "ARENA_SPILL", {"active": bool(event.first), "used": event.value}
         case kind.IO_ERROR:
             data: dict[str, object] = {"errno": -event.result, "desc": event.text}
             if event.disk != core.NO_DISK:

@@ -61,6 +61,7 @@ class EventType(IntEnum):
     APPLIED = lib.CORE_EVENT_APPLIED
     DISCARDED = lib.CORE_EVENT_DISCARDED
     PRESSURE = lib.CORE_EVENT_PRESSURE
+    SPILL = lib.CORE_EVENT_SPILL
     IO_ERROR = lib.CORE_EVENT_IO_ERROR
     RING_BROKEN = lib.CORE_EVENT_RING_BROKEN
     MEMORY_LOST = lib.CORE_EVENT_MEMORY_LOST
@@ -105,6 +106,9 @@ class Status:
     applied: int
     arena_size: int
     arena_used: int
+    spill_size: int
+    spill_used: int
+    spill_fault: int
     journal_size: int
     journal_used: int
     index_bytes: int
@@ -136,6 +140,7 @@ class Status:
     apply_ns_last: int
     journal_bytes_written: int
     image_bytes_written: int
+    spill_bytes_written: int
     error: str
 
 
@@ -200,6 +205,15 @@ class JournalInfo:
 
 
 @dataclass(frozen=True)
+class ArenaInfo:
+    """core_arena_info: what an arena's shared memory says of its spill file, in bytes."""
+
+    spill_bytes: int
+    spill_used: int
+    fresh: bool
+
+
+@dataclass(frozen=True)
 class DiskSetup:
     """core_disk_config: an image that is open and locked."""
 
@@ -229,6 +243,9 @@ class GroupSetup:
     compress_level: int
     spin_us: int
     boot_id: bytes
+    spill_fd: int = -1
+    spill_bytes: int = 0
+    spill_closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,7 +289,8 @@ def _text_buffer() -> Any:
 def _c_config(setup: GroupSetup) -> Any:
     config = ffi.new("core_config *")
     config.disks = len(setup.disks)
-    for name in ("workers", "journal_fd", "arena_fd", "arena_bytes", "compress_level", "spin_us"):
+    for name in ("workers", "journal_fd", "arena_fd", "arena_bytes", "compress_level", "spin_us",
+                 "spill_fd", "spill_bytes", "spill_closed"):
         setattr(config, name, getattr(setup, name))
     config.journal_direct = setup.journal_direct
     config.journal_fua = setup.journal_fua
@@ -287,9 +305,22 @@ def _c_config(setup: GroupSetup) -> Any:
     return config
 
 
-def journal_bytes_min(arena_bytes: int) -> int:
-    """Smallest journal, in bytes, that can take a full arena of `arena_bytes`."""
-    return int(lib.core_journal_bytes_min(arena_bytes))
+def journal_bytes_min(arena_and_spill_bytes: int) -> int:
+    """Smallest journal, in bytes, that can take a full arena and spill file."""
+    return int(lib.core_journal_bytes_min(arena_and_spill_bytes))
+
+
+def spill_file_bytes(spill_bytes: int) -> int:
+    """Least size of a spill file for `spill_bytes` of segments."""
+    return int(lib.core_spill_file_bytes(spill_bytes))
+
+
+def arena_inspect(fd: int) -> ArenaInfo:
+    """Read what an arena says of its spill file; CoreError when it cannot be read."""
+    info = ffi.new("core_arena_info *")
+    text = _text_buffer()
+    _check(lib.core_arena_inspect(fd, info, text), text)
+    return ArenaInfo(info.spill_bytes, info.spill_used, bool(info.fresh))
 
 
 def arena_huge_pages(fd: int, size_bytes: int) -> int:

@@ -247,6 +247,10 @@ class Daemon:
             self._ports[event.disk].drop("its guest memory vanished (SIGBUS)")
         elif event.type == kind.IO_ERROR:
             log.error("%s", event.text)
+        elif event.type == kind.SPILL and event.first:
+            log.warning("the arena is nearly full: epochs go on in the spill file")
+        elif event.type == kind.SPILL:
+            log.info("the spill file is empty again")
         elif event.type == kind.PRESSURE and event.first:
             log.warning("the arena is full (%d %%): writes wait for a commit or discard",
                         event.value)

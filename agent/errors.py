@@ -126,6 +126,19 @@ class ArenaTooLarge(EpochdError):
     exit_code = EXIT_STATE
 
 
+class SpillError(EpochdError):
+    """spill file {}: {}"""
+
+    exit_code = EXIT_STATE
+
+
+class SpillSpaceError(EpochdError):
+    """spill file {}: no room for its {} bytes ({}); free some space or give a smaller
+    --spill-size"""
+
+    exit_code = EXIT_STATE
+
+
 class ArenaOrphaned(EpochdError):
     """arena /dev/shm{} goes with these images and with the journal {}, which is gone or is not
     the one that is used now; epochs in the arena may be missing in the images: give that

@@ -1,8 +1,8 @@
-"""What a consistency group keeps: images, journal, arena; and the core opened on them.
+"""What a consistency group keeps: images, journal, arena, spill file; and the core on them.
 
 Contract: open_group() acquires in a fixed order (images and their locks, journal and its
-lock, arena, recovery by the core) and on any failure lets go of everything it took, naming
-the step (errors.py). Group owns all of it until close(). The arena's shared memory stays
+lock, arena, spill file, recovery by the core) and on any failure lets go of everything it took,
+naming the step (errors.py). Group owns all of it until close(). The arena's shared memory stays
 when the agent goes, cleanly or not, unless release_arena() finds that it holds nothing.
 
 Beside the arena lies a note of the images and the journal that it goes with. While it is
@@ -10,7 +10,10 @@ there no other group may take one of these images: without the journal and the a
 may be in the middle of being brought up to date.
 
 The arena is allocated in full before use: a page that shared memory could not provide later
-would kill the process with SIGBUS in the middle of a write.
+would kill the process with SIGBUS in the middle of a write. So is the spill file, so that
+room that the status shows is there. It belongs to the arena: what it holds is known from there
+alone, and it goes when the arena goes. One whose arena is gone (a reboot) is written over. It
+needs no lock of its own: its name is the journal's, and that is locked.
 """
 
 import contextlib
@@ -37,6 +40,8 @@ from .errors import (
     JournalInUse,
     JournalSpaceError,
     RecoveryError,
+    SpillError,
+    SpillSpaceError,
 )
 from .images import Image, birth_ns, close_images, open_images
 
@@ -47,6 +52,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SYS_BLOCK = Path("/sys/dev/block")
 NOTE_SUFFIX = ".group"
 LIVE_SUFFIX = ".live"
+SPILL_MARK = b"EPCSPILL"  # SPILL_MAGIC of format.h
+SEGMENT_BYTES = 256 << 10  # a spill file is so fine
 WORKERS_MAX = 4
 PAGE = 4096
 ZERO_PIECE = 64 << 20
@@ -84,6 +91,26 @@ class Arena:
         """Remove it and its note."""
         _note_path(self.name).unlink(missing_ok=True)
         posix_ipc.unlink_shared_memory(self.name)
+
+
+@dataclass
+class Spill:
+    """The spill file, allocated in full; `size_bytes` is what epochs may use of it.
+
+    `closed`: it is there only for what it holds already.
+    """
+
+    path: Path
+    fd: int
+    size_bytes: int
+    created: bool
+    closed: bool
+
+    def abandon(self) -> None:
+        """Close it after a failed start; one that we just created goes away again."""
+        os.close(self.fd)
+        if self.created:
+            self.path.unlink(missing_ok=True)
 
 
 def _note_path(name: str) -> Path:
@@ -320,32 +347,139 @@ def open_live_view(opened: core.Core, arena: str, group_name: str, control: Path
     return name
 
 
-class Group:
-    """Images, journal, arena and the core on top; close() lets go of all. `live_view` is the
-    name of the shared memory that `epochctl top` reads, None when there is none."""
+# Spill file.
 
-    def __init__(self, images: list[Image], journal: Journal, arena: Arena, group: bytes,
-                 opened: core.Core, live_view: str | None) -> None:
+
+def check_spill_room(path: Path, size_bytes: int, journal_bytes: int) -> None:
+    """SpillSpaceError when the file and a new journal cannot both fit: before either is made."""
+    try:
+        space = os.statvfs(path.parent)
+    except OSError:
+        return  # whoever makes a file there says so
+    free = space.f_bfree * space.f_frsize
+    with contextlib.suppress(OSError):
+        free += path.stat().st_blocks * 512
+    if journal_bytes <= free < journal_bytes + core.spill_file_bytes(size_bytes):
+        raise SpillSpaceError(
+            path, size_bytes,
+            f"{free} bytes are free, of which the journal takes {journal_bytes}",
+        )
+
+
+def _open_spill_file(path: Path, create: bool) -> int:
+    """Open it past the page cache; where that is refused, writes go through it at once."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    try:
+        try:
+            fd = os.open(path, flags | os.O_DIRECT, 0o600)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            log.warning("spill file %s: buffered, because the file system refuses O_DIRECT", path)
+            fd = os.open(path, flags | os.O_DSYNC, 0o600)
+    except FileNotFoundError:
+        raise SpillError(path, "is gone, and epochs in the arena lie in it; give it back, or "
+                         "remove the arena from /dev/shm to give up what is not committed"
+                         if not create else "its folder does not exist; see --state-dir") from None
+    except OSError as error:
+        raise SpillError(path, f"cannot be opened: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SpillError(path, "is not a regular file")
+    return fd
+
+
+def _allocate_spill(spill: Spill) -> None:
+    """Give it its blocks; whatever it held means nothing."""
+    size = core.spill_file_bytes(spill.size_bytes)
+    try:
+        os.fchmod(spill.fd, 0o600)
+        if os.fstat(spill.fd).st_size > size:
+            os.ftruncate(spill.fd, size)
+        os.posix_fallocate(spill.fd, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SpillSpaceError(spill.path, spill.size_bytes, error.strerror) from None
+        raise SpillError(spill.path, f"cannot be allocated: {error.strerror}") from None
+
+
+def _remove_stale_spill(path: Path) -> None:
+    """One that nobody uses any more takes room for nothing; ours begin with a mark."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(8) == SPILL_MARK:
+            path.unlink()
+            log.info("spill file %s: removed, nothing is in it", path)
+
+
+def open_spill(path: Path, wanted_bytes: int, arena: Arena) -> Spill | None:
+    """Open or create the arena's spill file; None when there is to be none.
+
+    An arena that exists keeps the size that it was laid out for. With `wanted_bytes` 0 a file
+    that epochs lie in is opened all the same, and takes nothing more. SpillError and its kin;
+    core.CoreError when the arena cannot be read.
+    """
+    info = core.arena_inspect(arena.fd)
+    size = wanted_bytes if info.fresh else info.spill_bytes
+    if wanted_bytes and wanted_bytes // SEGMENT_BYTES != size // SEGMENT_BYTES:
+        log.warning(
+            "arena /dev/shm%s: keeps %s instead of a spill file of %d bytes, because it is left "
+            "from before; a clean stop with nothing uncommitted removes it",
+            arena.name, f"its spill file of {size} bytes" if size else "having none", wanted_bytes,
+        )
+    if size == 0 or (wanted_bytes == 0 and info.spill_used == 0):
+        _remove_stale_spill(path)
+        return None
+    existed = path.exists()
+    fd = _open_spill_file(path, create=info.spill_used == 0)
+    spill = Spill(path, fd, size, created=not existed, closed=wanted_bytes == 0)
+    try:
+        have, need = os.fstat(fd).st_size, core.spill_file_bytes(size)
+        if info.spill_used == 0:
+            _allocate_spill(spill)
+        elif have < need:
+            raise SpillError(path, f"has {have} bytes instead of {need}: it was cut, and epochs "
+                             "in the arena lie in it; remove the arena from /dev/shm to give up "
+                             "what is not committed")
+    except BaseException:
+        spill.abandon()
+        raise
+    return spill
+
+
+class Group:
+    """Images, journal, arena, spill file and the core on top; close() lets go of all.
+    `live_view` is the name of the shared memory that `epochctl top` reads, None when there is
+    none."""
+
+    def __init__(self, images: list[Image], journal: Journal, arena: Arena, spill: Spill | None,
+                 group: bytes, opened: core.Core, live_view: str | None) -> None:
         self.images = images
         self.journal = journal
         self.arena = arena
+        self.spill = spill
         self.id = uuid.UUID(bytes=group)
         self.core = opened
         self.live_view = live_view
 
     def release_arena(self) -> bool:
-        """After a clean stop: unlink the arena if it holds nothing; True when unlinked."""
+        """After a clean stop: unlink the arena and its spill file if they hold nothing; True
+        when unlinked."""
         if not self.core.arena_idle():
             return False
-        self.arena.unlink()
+        self._unlink()
         return True
+
+    def _unlink(self) -> None:
+        self.arena.unlink()
+        if self.spill is not None:
+            self.spill.path.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """close() after a start that failed before anything was served: an arena that this
         start created goes away again."""
         self.close()
         if self.arena.created:
-            self.arena.unlink()
+            self._unlink()
 
     def close(self) -> None:
         """Close the core first, then what it worked on."""
@@ -353,6 +487,8 @@ class Group:
         if self.live_view is not None:
             with contextlib.suppress(posix_ipc.ExistentialError):
                 posix_ipc.unlink_shared_memory(self.live_view)
+        if self.spill is not None:
+            os.close(self.spill.fd)
         os.close(self.arena.fd)
         os.close(self.journal.fd)
         close_images(self.images)
@@ -375,16 +511,51 @@ def _setup(config: Config, images: list[Image], journal: Journal) -> core.GroupS
 
 
 def _journal_bytes(config: Config) -> int:
-    least = core.journal_bytes_min(config.arena_bytes)
+    least = core.journal_bytes_min(config.arena_bytes + config.spill_bytes)
     if config.journal_bytes is None:
-        return max(2 * config.arena_bytes, least)
+        return max(2 * config.arena_bytes + config.spill_bytes, least)
     if config.journal_bytes < least:
+        spill = f" and a spill file of {config.spill_bytes}" if config.spill_bytes else ""
         raise JournalError(
             config.journal_path,
             f"{config.journal_bytes} bytes are too few: an arena of {config.arena_bytes} "
-            f"bytes needs a --journal-size of at least {least}",
+            f"bytes{spill} needs a --journal-size of at least {least}",
         )
     return config.journal_bytes
+
+
+def _check_journal_room(journal: Journal, arena: Arena, spill: Spill | None) -> None:
+    """JournalError when an epoch may grow in the spill file until no commit can take it."""
+    if spill is None or spill.closed:
+        return
+    least = core.journal_bytes_min(arena.size_bytes + spill.size_bytes)
+    if journal.size_bytes < least:
+        raise JournalError(
+            journal.path,
+            f"its {journal.size_bytes} bytes are too few for an arena of {arena.size_bytes} bytes "
+            f"and a spill file of {spill.size_bytes}, which need {least}; give a smaller "
+            "--spill-size, or, after a clean stop with nothing uncommitted, remove the journal "
+            "to have a larger one made",
+        )
+
+
+def _open_core(config: Config, setup: core.GroupSetup, images: list[Image], journal: Journal,
+               arena: Arena, on_event: Callable[[core.Event], None],
+               ) -> tuple[core.Core, Spill | None]:
+    """The spill file, then recovery; both or none."""
+    spill = open_spill(config.spill_path, config.spill_bytes, arena)
+    try:
+        _check_journal_room(journal, arena, spill)
+        setup = replace(setup, arena_fd=arena.fd, arena_bytes=arena.size_bytes)
+        if spill is not None:
+            setup = replace(setup, spill_fd=spill.fd, spill_bytes=spill.size_bytes,
+                            spill_closed=spill.closed)
+        _write_note(arena, config.journal_path, images)
+        return core.Core(setup, on_event), spill
+    except BaseException:
+        if spill is not None:
+            spill.abandon()
+        raise
 
 
 def _identify(journal: Journal, setup: core.GroupSetup, images: list[Image]) -> bytes:
@@ -410,6 +581,8 @@ def open_group(config: Config, on_event: Callable[[core.Event], None]) -> Group:
         if not config.journal_path.exists():
             refuse_orphans(images, None)
             check_arena_room(config.arena_bytes)  # else a huge journal would come first
+            if config.spill_bytes:
+                check_spill_room(config.spill_path, config.spill_bytes, wanted)
         journal = open_journal(config.journal_path, wanted)
         try:
             if config.journal_bytes not in (None, journal.size_bytes):
@@ -419,17 +592,15 @@ def open_group(config: Config, on_event: Callable[[core.Event], None]) -> Group:
             group = _identify(journal, setup, images)
             arena = open_arena(group, config.arena_bytes)
             try:
-                setup = replace(setup, arena_fd=arena.fd, arena_bytes=arena.size_bytes)
-                _write_note(arena, config.journal_path, images)
-                opened = core.Core(setup, on_event)
+                opened, spill = _open_core(config, setup, images, journal, arena, on_event)
             except core.CoreError as error:
                 arena.abandon()
                 raise RecoveryError(config.name, error) from None
-            except ArenaError:
+            except (ArenaError, JournalError, SpillError, SpillSpaceError):
                 arena.abandon()
                 raise
             live_view = open_live_view(opened, arena.name, config.name, config.control)
-            return Group(images, journal, arena, group, opened, live_view)
+            return Group(images, journal, arena, spill, group, opened, live_view)
         except BaseException:
             os.close(journal.fd)
             raise

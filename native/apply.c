@@ -185,6 +185,7 @@ static void batch_expand(struct job *job, struct worker *w)
 
         b->error = frame_expand(&w->expand, &a->group->arena, s->loc, index_slot_block(s),
                                 s->mask, b->buffer + (uint64_t)i * BLOCK_BYTES);
+        b->spill_lost = b->error && arena_spilled(&a->group->arena, s->loc);
     }
 }
 
@@ -192,6 +193,9 @@ static void batch_expanded(struct job *job)
 {
     struct apply_batch *b = job->owner;
 
+    if (b->spill_lost)
+        spill_fault(b->apply->group, b->error);
+    b->apply->spill_lost |= b->spill_lost;
     if (b->error)
         fail(b->apply, b->apply->entry[b->first].disk, b->error);
     b->busy--;
@@ -308,6 +312,7 @@ static bool batch_step(struct group *g, struct apply_batch *b)
         a->next += b->blocks;
         b->writes = 0;
         b->error = 0;
+        b->spill_lost = false;
         b->state = BATCH_READ;
         batch_read(g, b);
         return true;
@@ -399,7 +404,15 @@ static void give_up(struct group *g)
 {
     struct apply *a = &g->apply;
 
-    group_io_error(g, TROUBLE_IMAGES, a->error_disk, a->error, "writing a committed epoch to the image");
+    if (a->spill_lost)
+        group_io_error(g, TROUBLE_IMAGES, CORE_NO_DISK, a->error,
+                       "applying: the spill file has lost part of a committed epoch, which the "
+                       "journal has: stop the agent, remove the arena from /dev/shm, start it; "
+                       "only uncommitted epochs are lost with that");
+    else
+        group_io_error(g, TROUBLE_IMAGES, a->error_disk, a->error,
+                       "writing a committed epoch to the image");
+    a->spill_lost = false;
     a->error = 0;
     a->retry_ns = g->now_ns + GROUP_RETRY_NS;
     a->phase = APPLY_IDLE;

@@ -52,6 +52,7 @@ struct apply_batch {
     struct apply_write *write;   /* APPLY_WRITES_MAX */
     uint32_t writes;
     int error;
+    bool spill_lost;             /* that is the error: the spill file has not got a frame */
 };
 
 struct apply {
@@ -74,6 +75,7 @@ struct apply {
     struct apply_batch batch[APPLY_BATCHES];
     int error;
     uint32_t error_disk;
+    bool spill_lost;             /* the error's cause is the spill file, not the image */
     uint64_t retry_ns;           /* not before; 0: no wait */
     uint64_t start_ns, sync_ns;  /* when the record, and its flush, began */
     uint8_t *zeroes;             /* a staging buffer that stays zero */

@@ -1,9 +1,15 @@
 /* arena.h - segments of the shared-memory arena and frames in them.
  *
+ * Segments 0..segments-1 are RAM. Those behind them lie in the spill file, which is mapped
+ * right behind RAM, for reading only: a place names a byte in either. spill.h fills them.
+ *
  * Owner: the reactor thread takes and frees segments. A helper thread may append to a
  * PACKED segment that the reactor gave it, and may read frames below a published tail.
  * Errors: negative errno and a sentence from arena_attach() only; running out of segments
- * is a return value, never an error. Limit: never more memory than the object has.
+ * is a return value, never an error. Limit: never more memory than the object has. Pages of
+ * the spill file that were read are the kernel's cache, clean, and its to take back. A spill
+ * file that shrinks or cannot be read is no crash: its segments read as zeroes from then on
+ * and arena_spill_lost() tells; arena_spilled() places are to be checked on every use.
  * Not done here: which frame is newest (index.h), what an epoch is (epoch.h).
  */
 #ifndef EPOCHD_ARENA_H
@@ -15,6 +21,7 @@
 #include "check.h"
 #include "copy.h"
 #include "format.h"
+#include "memory.h"
 
 #define SEGMENT_NONE UINT32_MAX
 #define SEGMENT_FRAMES_MIN (SEGMENT_BYTES / FRAME_BYTES_MAX) /* raw frames that surely fit */
@@ -28,7 +35,7 @@ struct segment_use {
     uint32_t slots;         /* index slots that were pointed into it */
     uint32_t dead;          /* of those, how many point elsewhere by now */
     uint32_t worn_at;       /* `dead` at which pack_worn() has to look; UINT32_MAX: never */
-    uint32_t generation;    /* how often the segment was taken */
+    uint32_t generation;    /* changes when the segment is taken; never 0 */
 };
 
 struct arena {
@@ -36,9 +43,14 @@ struct arena {
     struct segment_desc *desc;
     uint8_t *data;          /* segment 0 */
     uint64_t bytes;
-    uint32_t segments;
+    uint32_t segments;      /* in RAM */
     uint32_t free_count;
     uint32_t *free_stack;   /* free_count entries */
+    uint32_t spill_segments; /* numbered on; 0: there is no spill file */
+    uint32_t spill_free_count;
+    uint32_t *spill_free_stack;
+    struct mapping spill;   /* of the file's segments */
+    uint64_t mapped_bytes;  /* from the header on, both mappings */
     uint32_t *next;         /* per segment: next one of the same list, or SEGMENT_NONE */
     uint32_t *previous;     /* ... and the one before it */
     struct segment_use *use; /* per segment */
@@ -57,16 +69,50 @@ struct arena_cursor {
 uint64_t arena_huge_pages(int fd, uint64_t bytes);
 
 /* Maps the object and checks or writes its header. *fresh: it held no arena; ids in the
- * header are then 0 and the caller sets them. */
-int arena_attach(struct arena *a, int fd, uint64_t bytes, const uint8_t group[16],
-                 const uint8_t boot_id[16], bool *fresh, char *text);
+ * header are then 0 and the caller sets them. spill_bytes: of segments in the spill file, 0:
+ * there is none. An arena that has none in use may be attached without, one laid out for
+ * another size is refused. Whether it is the right file is the caller's to see. */
+int arena_attach(struct arena *a, int fd, uint64_t bytes, int spill_fd, uint64_t spill_bytes,
+                 const uint8_t group[16], const uint8_t boot_id[16], bool *fresh, char *text);
 void arena_detach(struct arena *a);
 
 /* After attach, every segment not FREE is the caller's to keep or free, then this once. */
 void arena_collect_free(struct arena *a);
 
+/* RAM only. */
 uint32_t arena_segment_take(struct arena *a, uint64_t epoch, enum segment_state state);
+/* A segment of the spill file; it stays FREE for a restart until arena_spill_publish(). */
+uint32_t arena_spill_take(struct arena *a);
+void arena_spill_publish(struct arena *a, uint32_t segment, uint64_t epoch, uint32_t tail);
+void arena_spill_give_back(struct arena *a, uint32_t segment);
+/* Either kind. */
 void arena_segment_free(struct arena *a, uint32_t segment);
+
+static inline uint32_t arena_segments_all(const struct arena *a)
+{
+    return a->segments + a->spill_segments;
+}
+
+static inline uint32_t arena_spill_used(const struct arena *a)
+{
+    return a->spill_segments - a->spill_free_count;
+}
+
+/* Byte in the spill file where one of its segments begins, and the file's least size. */
+static inline uint64_t arena_spill_offset(const struct arena *a, uint32_t segment)
+{
+    return (uint64_t)(segment - a->segments + 1) * SEGMENT_BYTES;
+}
+static inline uint64_t arena_spill_file_bytes(uint32_t spill_segments)
+{
+    return (uint64_t)(spill_segments + 1) * SEGMENT_BYTES;
+}
+
+/* The mapping hit a page that the file does not have or the disk cannot read. */
+static inline bool arena_spill_lost(const struct arena *a)
+{
+    return mapping_lost(&a->spill);
+}
 
 static inline uint8_t *arena_segment(const struct arena *a, uint32_t segment)
 {
@@ -91,6 +137,11 @@ static inline arena_loc arena_loc_of(uint32_t segment, uint32_t offset)
 static inline uint32_t arena_loc_segment(arena_loc loc)
 {
     return (uint32_t)((uint64_t)loc * FRAME_ALIGN / SEGMENT_BYTES);
+}
+
+static inline bool arena_spilled(const struct arena *a, arena_loc loc)
+{
+    return (uint64_t)loc * FRAME_ALIGN >= (uint64_t)a->segments * SEGMENT_BYTES;
 }
 
 /* Room for a frame of payload_bytes at the cursor? */
@@ -135,8 +186,12 @@ static inline arena_loc arena_frame_end(struct arena *a, struct arena_cursor *at
 
 /* Walks frames: *offset starts at 0; NULL at the tail or at a frame that cannot be one
  * (then *offset < tail). Payload bytes are within the tail. */
-struct frame_header *arena_frame_next(const struct arena *a, uint32_t segment, uint32_t tail,
-                                      uint32_t *offset);
+struct frame_header *frame_next(uint8_t *from, uint32_t tail, uint32_t *offset);
+static inline struct frame_header *arena_frame_next(const struct arena *a, uint32_t segment,
+                                                    uint32_t tail, uint32_t *offset)
+{
+    return frame_next(arena_segment(a, segment), tail, offset);
+}
 
 /* Is this header one that we could have written? Checks sizes, kind, mask; not the CRC. */
 bool frame_plausible(const struct frame_header *h, uint32_t room);

@@ -264,6 +264,8 @@ static uint8_t do_read(struct blk *b, struct ring *r, uint16_t head, const struc
 
     b->stats.reads++;
     b->stats.read_bytes += bytes;
+    if (unlikely(arena_spill_used(&b->core->group.arena) > 0) && bytes > BLOCK_BYTES)
+        spill_prefetch(&b->core->group, b->disk, sector / BLOCK_SECTORS, (end - 1) / BLOCK_SECTORS);
     for (uint64_t at = sector; at < end && good;) {
         uint64_t block = at / BLOCK_SECTORS, next = (block + 1) * BLOCK_SECTORS;
         uint32_t first = (uint32_t)(at % BLOCK_SECTORS);
@@ -353,7 +355,7 @@ static bool room(struct blk *b, struct ring *r, uint64_t blocks)
     r->held = true;
     r->held_blocks = blocks;
     b->stats.held++;
-    group_pressure(&b->core->group, true);
+    group_hold(&b->core->group, blocks);
     return false;
 }
 

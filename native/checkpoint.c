@@ -217,6 +217,12 @@ static bool commit_verb(struct group *g)
                      (ull)v->epoch, (ull)j->commit.record_bytes, (ull)j->ring_bytes);
         return true;
     }
+    if (v->started && c->commit_error && j->commit.spill_lost) {
+        answer_error(g, c->commit_error, "commit up to epoch %llu: the spill file has lost part "
+                     "of it: %s; the epoch cannot be committed any more, only discarded",
+                     (ull)v->epoch, strerror(-c->commit_error));
+        return true;
+    }
     if (v->started && c->commit_error == -EILSEQ) {
         answer_error(g, -EILSEQ, "commit up to epoch %llu: data in the arena was changed from "
                      "outside since an earlier start; nothing was committed, only epoch-discard "
@@ -268,9 +274,11 @@ static void commit_over(struct group *g)
     c->commit_error = journal_commit_end(g);
     if (c->commit_error) {
         c->retry_ns = g->now_ns + GROUP_RETRY_NS;
-        group_io_error(g, TROUBLE_COMMIT, CORE_NO_DISK, c->commit_error,
-                       c->commit_error == -EILSEQ ? "committing: a frame was changed in the arena"
-                                                  : "writing the journal");
+        if (!g->journal.commit.spill_lost) /* that was told */
+            group_io_error(g, TROUBLE_COMMIT, CORE_NO_DISK, c->commit_error,
+                           c->commit_error == -EILSEQ ? "committing: a frame was changed in the "
+                                                        "arena"
+                                                      : "writing the journal");
         return;
     }
     group_io_works(g, TROUBLE_COMMIT);

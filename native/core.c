@@ -26,7 +26,7 @@ uint64_t core_arena_huge_pages(int fd, uint64_t bytes)
 
 uint64_t core_journal_bytes_min(uint64_t arena_bytes)
 {
-    /* All of the arena as one record, its table included. */
+    /* All of the arena and the spill file as one record, its table included. */
     return JOURNAL_LOG_OFFSET + arena_bytes +
            record_header_bytes((uint32_t)(arena_bytes / SEGMENT_BYTES));
 }
@@ -151,6 +151,43 @@ int core_journal_zero(int fd, uint64_t offset, uint64_t bytes)
     return zero_by_writes(fd, offset, bytes);
 }
 
+/* ---- Arena and spill file ---------------------------------------------------------------------- */
+
+uint64_t core_spill_file_bytes(uint64_t spill_bytes)
+{
+    return arena_spill_file_bytes((uint32_t)(spill_bytes / SEGMENT_BYTES));
+}
+
+static int inspect_failed(char *text)
+{
+    int error = errno ? -errno : -EIO;
+
+    snprintf(text, CORE_TEXT_MAX, "arena: its header cannot be read: %s", strerror(-error));
+    return error;
+}
+
+int core_arena_inspect(int fd, core_arena_info *out, char *text)
+{
+    struct arena_header h;
+    struct segment_desc d;
+
+    memset(out, 0, sizeof(*out));
+    errno = 0;
+    if (pread(fd, &h, sizeof(h), 0) != (ssize_t)sizeof(h))
+        return inspect_failed(text);
+    out->fresh = h.magic == 0;
+    if (h.magic != ARENA_MAGIC || h.version != ARENA_VERSION)
+        return 0; /* whatever it is: core_open() says so */
+    out->spill_bytes = (uint64_t)h.spill_segments * SEGMENT_BYTES;
+    for (uint32_t i = 0; i < h.spill_segments; i++) {
+        if (pread(fd, &d, sizeof(d), (off_t)(PAGE + ((uint64_t)h.segments + i) * sizeof(d))) !=
+            (ssize_t)sizeof(d))
+            return inspect_failed(text);
+        out->spill_used += d.state != SEGMENT_FREE ? SEGMENT_BYTES : 0;
+    }
+    return 0;
+}
+
 /* ---- Life ------------------------------------------------------------------------------------ */
 
 static void emit(void *owner, const core_event *event)
@@ -166,6 +203,8 @@ static int check_config(const core_config *config, char *text)
         wrong = "a group has 1 to 32 disks";
     else if (config->arena_bytes < CORE_ARENA_BYTES_MIN || config->arena_bytes > 128ull << 30)
         wrong = "the arena has 8 MiB to 128 GiB";
+    else if (config->spill_bytes > (128ull << 30) - config->arena_bytes)
+        wrong = "arena and spill file have at most 128 GiB together";
     for (uint32_t i = 0; i < config->disks && !wrong; i++) {
         const core_disk_config *d = &config->disk[i];
 
@@ -186,14 +225,25 @@ static int check_config(const core_config *config, char *text)
 
 static int open_uring(struct reactor *r, const core_config *config, char *text)
 {
-    int files[CORE_DISKS_MAX + 1], error;
+    int files[DISK_SPILL + 1], error;
+    const struct arena *a = &r->group.arena;
+    uint32_t count = config->disks + 1;
     bool registered = false;
 
+    memset(files, 0xff, sizeof(files)); /* -1: there is none */
     files[DISK_JOURNAL] = config->journal_fd;
     for (uint32_t i = 0; i < config->disks; i++)
         files[DISK_IMAGE(i)] = config->disk[i].fd;
-    error = disk_uring_open(&r->uring, files, config->disks + 1, r->group.arena.header,
-                            r->group.arena.bytes, &registered);
+    if (config->spill_bytes > 0) {
+        files[DISK_SPILL] = config->spill_fd;
+        count = DISK_SPILL + 1;
+    }
+    /* RAM only: the kernel does not pin a file's pages for good. What is behind RAM's last
+     * segment must not be in it, the spill file's mapping begins there. */
+    error = disk_uring_open(&r->uring, files, count, a->header,
+                            a->header ? a->header->data_offset +
+                                            (uint64_t)a->segments * SEGMENT_BYTES : 0,
+                            &registered);
     if (error) {
         snprintf(text, CORE_TEXT_MAX, "io_uring: %s%s", strerror(-error),
                  error == -ENOMEM ? "; raise the limit of locked memory (ulimit -l)" :

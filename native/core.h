@@ -10,7 +10,8 @@
  * buffer (CORE_TEXT_MAX bytes) is taken it then holds one English sentence.
  *
  * File descriptors: kick, call and err descriptors become the core's, also on failure. All
- * others stay the caller's; images and the journal must stay open until core_close().
+ * others stay the caller's; images, the journal and the spill file must stay open until
+ * core_close().
  *
  * Not done here: parsing of any message. Lengths and counts passed in must be honest;
  * guest addresses, ring sizes and everything in guest memory need not be.
@@ -33,7 +34,7 @@
 #define CORE_DISCARD_SECTORS_MAX 4194304 /* sectors a DISCARD or WRITE_ZEROES: 2 GiB */
 #define CORE_ARENA_BYTES_MIN 8388608
 #define CORE_TEXT_MAX 256
-#define CORE_ERROR_MAX 768      /* three sentences */
+#define CORE_ERROR_MAX 1040     /* four sentences */
 #define CORE_NAME_MAX 32        /* disk name, NUL included */
 #define CORE_SERIAL_BYTES 20    /* VIRTIO_BLK_T_GET_ID */
 
@@ -61,6 +62,9 @@ typedef struct {
     int arena_fd;                 /* POSIX shared memory of arena_bytes */
     int compress_level;           /* zstd level 1..19; 0: no compression */
     uint64_t arena_bytes;
+    int spill_fd;                 /* O_RDWR; where epochs go on when the arena is full */
+    int spill_closed;             /* only for what it holds already: it takes nothing more */
+    uint64_t spill_bytes;         /* of segments in it; 0: there is no spill file */
     uint32_t spin_us;             /* polling after the last work, before sleeping */
     uint8_t boot_id[16];          /* the kernel's: an arena of another boot is refused */
     core_disk_config disk[CORE_DISKS_MAX];
@@ -72,6 +76,12 @@ typedef struct {
     uint64_t size_bytes;
     uint64_t used_bytes;          /* committed records that are not applied yet */
 } core_journal_info;
+
+typedef struct {
+    uint64_t spill_bytes;         /* what the arena was laid out for; 0: no spill file */
+    uint64_t spill_used;          /* bytes of it that its epochs may lie in */
+    int fresh;                    /* it holds no arena yet */
+} core_arena_info;
 
 enum core_mode { CORE_STANDBY = 0, CORE_ACTIVE = 1 };
 enum core_epoch_state {
@@ -89,6 +99,8 @@ typedef struct {
     uint64_t committed;           /* newest epoch that is durable; 0: none yet */
     uint64_t applied;             /* newest epoch that is wholly in the images */
     uint64_t arena_size, arena_used;     /* bytes, counted in whole segments */
+    uint64_t spill_size, spill_used;     /* the same, in the spill file; 0, 0: none */
+    uint32_t spill_fault;         /* errno: why it takes nothing more until a restart; 0 */
     uint64_t journal_size, journal_used; /* bytes */
     uint64_t index_bytes;         /* private memory of the block index */
     uint64_t logical_bytes;       /* guest bytes that the arena's frames stand for */
@@ -107,8 +119,8 @@ typedef struct {
     uint32_t pack_queue;          /* segments that wait for the packer */
     int32_t pack_level;           /* zstd level that it used last */
     uint64_t commit_ns_last, seal_ns_last, apply_ns_last;
-    uint64_t journal_bytes_written, image_bytes_written;
-    char error[CORE_ERROR_MAX];   /* what stands: commits, superblock, images; "": nothing */
+    uint64_t journal_bytes_written, image_bytes_written, spill_bytes_written;
+    char error[CORE_ERROR_MAX];   /* what stands: commits, superblock, images, spill; "": nothing */
 } core_status;
 
 typedef struct {
@@ -145,6 +157,8 @@ enum core_event_type {
     CORE_EVENT_APPLIED,       /* value: newest epoch applied */
     CORE_EVENT_DISCARDED,     /* first..last: epochs dropped, value: newest committed */
     CORE_EVENT_PRESSURE,      /* value: arena use in percent, first: 1 when writes are held */
+    CORE_EVENT_SPILL,         /* value: bytes in the spill file, first: 1 when it begins to be
+                                 used, 0 when it is empty again */
     CORE_EVENT_IO_ERROR,      /* result: -errno, text: what failed, disk or CORE_NO_DISK */
     CORE_EVENT_RING_BROKEN,   /* disk, value: queue, text */
     CORE_EVENT_MEMORY_LOST,   /* disk: guest memory vanished (SIGBUS); drop the front end */
@@ -176,12 +190,16 @@ typedef struct {
  * the arena holds no guest data, so its shared memory may be unlinked. */
 int core_journal_inspect(int fd, core_journal_info *out, char *text);
 int core_journal_format(const core_config *config, const uint8_t *group, char *text);
-uint64_t core_journal_bytes_min(uint64_t arena_bytes);
+uint64_t core_journal_bytes_min(uint64_t arena_and_spill_bytes);
 uint64_t core_arena_huge_pages(int fd, uint64_t bytes); /* of a new arena; see arena.h */
 /* Writes zeroes to a part of a new journal (whole pages), so that its blocks are written once:
  * the first write to a block that is only allocated costs a flush of the file system's own
  * journal. Negative errno. */
 int core_journal_zero(int fd, uint64_t offset, uint64_t bytes);
+/* What an arena's shared memory says of its spill file; sizes as in core_config. */
+int core_arena_inspect(int fd, core_arena_info *out, char *text);
+/* Least size of the file for so many bytes of segments. */
+uint64_t core_spill_file_bytes(uint64_t spill_bytes);
 int core_open(const core_config *config, core **out, char *text);
 int core_start(core *c, char *text);
 /* Live view, before core_start(): core_metrics_bytes() bytes of shared memory, all zero, that

@@ -27,6 +27,7 @@ enum disk_opcode {
 
 #define DISK_JOURNAL 0u            /* file numbers: the journal, then the images */
 #define DISK_IMAGE(n) ((n) + 1u)
+#define DISK_SPILL 33u             /* behind the last image that a group may have */
 
 struct disk_op {
     enum disk_opcode opcode;

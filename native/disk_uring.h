@@ -12,7 +12,7 @@
 
 struct disk_uring;
 
-/* files[n] is the descriptor of file number n. buffer: memory that writes mostly come from
+/* files[n] is the descriptor of file number n, -1: there is none. buffer: memory that writes mostly come from
  * (the arena). *registered tells whether it could be registered. */
 int disk_uring_open(struct disk_uring **out, const int *files, uint32_t count, void *buffer,
                     uint64_t buffer_bytes, bool *registered);

@@ -74,6 +74,8 @@ struct epoch *epoch_create(struct group *g, uint64_t id)
     segment_list_init(&e->raw_list);
     segment_list_init(&e->kept_list);
     segment_list_init(&e->worn_list);
+    segment_list_init(&e->spill_list);
+    segment_list_init(&e->spill_worn_list);
     g->epoch[g->epochs++] = e;
     pack_look(g);
     return e;
@@ -84,6 +86,8 @@ static void destroy(struct group *g, struct epoch *e)
     segment_list_free(&g->arena, &e->raw_list);
     segment_list_free(&g->arena, &e->kept_list);
     segment_list_free(&g->arena, &e->worn_list);
+    segment_list_free(&g->arena, &e->spill_list);
+    segment_list_free(&g->arena, &e->spill_worn_list);
     pack_look(g);
     index_free(&e->index);
     free(e);
@@ -154,6 +158,12 @@ bool epoch_room(const struct group *g, uint64_t blocks)
         return true;
     segments = (blocks - here + SEGMENT_FRAMES_MIN - 1) / SEGMENT_FRAMES_MIN;
     return g->arena.free_count >= segments + GROUP_RESERVED_SEGMENTS;
+}
+
+uint32_t epoch_room_segments(uint64_t blocks)
+{
+    return (uint32_t)((blocks + SEGMENT_FRAMES_MIN - 1) / SEGMENT_FRAMES_MIN) +
+           GROUP_RESERVED_SEGMENTS;
 }
 
 /* The next frame's header, in a new segment when this one is full. */
@@ -267,6 +277,13 @@ static bool is_zero(const uint8_t *p, uint32_t bytes)
     return (first[0] | first[1]) == 0 && memcmp(p, p + 16, bytes - 16) == 0;
 }
 
+/* A frame did not expand. */
+static void lost(struct group *g, arena_loc loc)
+{
+    if (arena_spilled(&g->arena, loc))
+        spill_fault(g, -EIO);
+}
+
 /* Part of a block: the frame carries what this epoch has of the block already and the new
  * sectors, so that a block needs one frame an epoch. Leaves all in g->scratch. */
 static int merge(struct group *g, struct epoch *e, const struct index_slot *s, uint32_t disk,
@@ -280,8 +297,10 @@ static int merge(struct group *g, struct epoch *e, const struct index_slot *s, u
         have = MASK_FULL;
     } else if (have & ~mask) {
         error = frame_expand(&g->expand, &g->arena, s->loc, block, have & ~mask, g->scratch);
-        if (error)
+        if (error) {
+            lost(g, s->loc);
             return error;
+        }
     }
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
         if (mask & 1u << i)
@@ -478,13 +497,13 @@ static const uint8_t *whole_block(struct group *g, arena_loc loc, uint64_t block
     const struct frame_header *h = arena_frame(&g->arena, loc);
     const uint8_t *cluster;
 
-    if (h->mask != MASK_FULL)
-        return NULL;
+    if (unlikely(arena_spilled(&g->arena, loc)) || h->mask != MASK_FULL)
+        return NULL; /* what lies in the file may go away at any time */
     if (h->kind == FRAME_RAW)
         return (const uint8_t *)(h + 1);
     if (h->kind != FRAME_CLUSTER)
         return NULL;
-    cluster = cluster_expand(&g->expand, &g->arena, loc);
+    cluster = cluster_expand(&g->expand, &g->arena, loc, h);
     if (!cluster) {
         *error = -EIO;
         return NULL;
@@ -512,8 +531,10 @@ int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uin
                 *direct = at + (uint32_t)__builtin_ctz(want) * SECTOR_BYTES;
                 return want;
             }
-            if (error || frame_expand(&g->expand, &g->arena, s->loc, block, here, out))
+            if (error || frame_expand(&g->expand, &g->arena, s->loc, block, here, out)) {
+                lost(g, s->loc);
                 return -EIO;
+            }
             found |= here;
         }
         if (found != want && index_in_range(x, disk, block)) {

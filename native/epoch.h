@@ -35,6 +35,8 @@ struct epoch {
     struct segment_list raw_list;  /* RAW, not looked at by the packer yet */
     struct segment_list kept_list; /* PACKED, and RAW ones that are not worth packing */
     struct segment_list worn_list; /* of those, the ones that are half dead: see pack.h */
+    struct segment_list spill_list; /* kept in the spill file */
+    struct segment_list spill_worn_list;
     uint64_t logical_bytes;        /* guest bytes that the index stands for, ranges aside */
     uint64_t stored_bytes;         /* of frames */
     uint32_t jobs;                 /* helper jobs that use its segments or index */
@@ -64,7 +66,8 @@ struct epoch *epoch_open(const struct group *g);
 struct epoch *epoch_by_id(const struct group *g, uint64_t id);
 static inline uint32_t epoch_segments(const struct epoch *e)
 {
-    return e->raw_list.count + e->kept_list.count + e->worn_list.count;
+    return e->raw_list.count + e->kept_list.count + e->worn_list.count + e->spill_list.count +
+           e->spill_worn_list.count;
 }
 static inline bool epoch_empty(const struct epoch *e)
 {
@@ -85,6 +88,8 @@ void epoch_batch_end(struct group *g);
 
 /* Is there room in the arena for a request that touches `blocks` blocks? */
 bool epoch_room(const struct group *g, uint64_t blocks);
+/* The free segments with which there surely is. */
+uint32_t epoch_room_segments(uint64_t blocks);
 
 /* One guest write into the open epoch: bytes (a multiple of 512) from the cursor. */
 int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cursor *from,

@@ -5,21 +5,39 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checksum.h"
+
 int expander_start(struct expander *x)
 {
     memset(x, 0, sizeof(*x));
     x->context = ZSTD_createDCtx();
     x->block = aligned_alloc(PAGE, BLOCK_BYTES);
+    x->frame = malloc(sizeof(*x->frame) + CLUSTER_BYTES);
     x->cluster = aligned_alloc(PAGE, EXPAND_CLUSTERS * CLUSTER_BYTES);
-    return x->context && x->block && x->cluster ? 0 : -ENOMEM;
+    return x->context && x->block && x->frame && x->cluster ? 0 : -ENOMEM;
 }
 
 void expander_stop(struct expander *x)
 {
     ZSTD_freeDCtx(x->context);
     free(x->block);
+    free(x->frame);
     free(x->cluster);
     memset(x, 0, sizeof(*x));
+}
+
+const struct frame_header *frame_get(struct expander *x, const struct arena *a, arena_loc loc)
+{
+    const struct frame_header *h = arena_frame(a, loc);
+    uint32_t room = SEGMENT_BYTES - (uint32_t)((uint64_t)loc * FRAME_ALIGN % SEGMENT_BYTES);
+
+    if (likely(!arena_spilled(a, loc)))
+        return h;
+    memcpy(x->frame, h, sizeof(*h));
+    if (!frame_plausible(x->frame, room))
+        return NULL;
+    memcpy(x->frame + 1, h + 1, x->frame->payload_bytes);
+    return x->frame->crc == frame_crc(x->frame) ? x->frame : NULL;
 }
 
 static bool unzstd(struct expander *x, const void *from, uint32_t bytes, uint8_t *to, uint32_t want)
@@ -43,9 +61,9 @@ static uint32_t find(const struct expander *x, arena_loc loc, uint32_t generatio
     return oldest;
 }
 
-const uint8_t *cluster_expand(struct expander *x, const struct arena *a, arena_loc loc)
+const uint8_t *cluster_expand(struct expander *x, const struct arena *a, arena_loc loc,
+                              const struct frame_header *h)
 {
-    const struct frame_header *h = arena_frame(a, loc);
     uint32_t generation = a->use[arena_loc_segment(loc)].generation;
     uint32_t seqs = h->blocks * (uint32_t)sizeof(uint64_t), i;
     uint8_t *to;
@@ -79,12 +97,20 @@ static void scatter(uint8_t *out, uint8_t want, uint8_t mask, const uint8_t *sec
     }
 }
 
+/* A whole frame of the file may yet be an older one of that place. */
+static bool covers(const struct frame_header *h, uint64_t block, uint8_t want)
+{
+    return block >= h->block && block - h->block < h->blocks && !(want & ~h->mask);
+}
+
 int frame_expand(struct expander *x, const struct arena *a, arena_loc loc, uint64_t block,
                  uint8_t want, uint8_t *out)
 {
-    const struct frame_header *h = arena_frame(a, loc);
+    const struct frame_header *h = frame_get(x, a, loc);
     const uint8_t *from = (const uint8_t *)(h + 1);
 
+    if (unlikely(arena_spilled(a, loc)) && (!h || !covers(h, block, want)))
+        return -EIO;
     if (h->kind == FRAME_ZSTD || h->kind == FRAME_CLUSTER)
         x->wanted_bytes += mask_bytes(want);
     switch (h->kind) {
@@ -101,7 +127,7 @@ int frame_expand(struct expander *x, const struct arena *a, arena_loc loc, uint6
         from = x->block;
         break;
     case FRAME_CLUSTER:
-        from = cluster_expand(x, a, loc);
+        from = cluster_expand(x, a, loc, h);
         if (!from)
             return -EIO;
         from += (block - h->block) * BLOCK_BYTES;

@@ -78,7 +78,7 @@ static inline uint32_t frame_bytes(uint32_t payload_bytes)
 /* ---- Arena: one POSIX shared-memory object ------------------------------------------- */
 
 #define ARENA_MAGIC 0x414e455241435045ull /* "EPCARENA" */
-#define ARENA_VERSION 2u           /* 2: clusters */
+#define ARENA_VERSION 3u           /* 2: clusters; 3: spill file */
 #ifndef SEGMENT_BYTES               /* the simulator has smaller ones, see tests/sim */
 #define SEGMENT_BYTES 262144u      /* one journal write; small, so that a small epoch that
                                       takes a whole segment wastes little */
@@ -108,9 +108,17 @@ struct arena_header {
     } discarded[ARENA_DISCARDED_MAX];
     uint64_t applied;       /* newest epoch whose segments were given back, its head being
                                durable: a superblock that says less is not the newest */
-    uint8_t reserved[PAGE - 104 - 16 * ARENA_DISCARDED_MAX];
+    uint32_t spill_segments; /* numbered on behind `segments`; 0: no spill file. Set with the
+                               magic, as what comes before `base`: the table has their
+                               entries, so data_offset depends on it */
+    uint32_t zero;
+    uint8_t spill_id[16];   /* of the file that they lie in; another one is refused. Anew
+                               whenever a start finds none of them in use */
+    uint8_t reserved[PAGE - 128 - 16 * ARENA_DISCARDED_MAX];
 };
 _Static_assert(sizeof(struct arena_header) == PAGE, "the header is page 0");
+_Static_assert(offsetof(struct arena_header, spill_id) == 112 + 16 * ARENA_DISCARDED_MAX,
+               "no padding");
 _Static_assert(offsetof(struct arena_header, base) == 64, "no padding");
 
 enum segment_state {
@@ -119,7 +127,7 @@ enum segment_state {
     SEGMENT_PACKED = 2,  /* filled by a helper from a RAW one */
 };
 
-/* The table of these follows page 0; one a segment. */
+/* The table of these follows page 0; one a segment, then one a segment of the spill file. */
 struct segment_desc {
     uint64_t epoch;
     uint32_t state;         /* enum segment_state; stored last with release order */
@@ -127,6 +135,27 @@ struct segment_desc {
                                what is behind it does not exist */
 };
 _Static_assert(sizeof(struct segment_desc) == 16, "the table is an array");
+
+/* ---- Spill file: segments of the arena for which RAM was too small ----------------------- */
+
+#define SPILL_MAGIC 0x4c4c495053435045ull /* "EPCSPILL" */
+#define SPILL_VERSION 1u
+
+/* The first page. The rest of the first SEGMENT_BYTES is unused, so that every segment lies
+ * at a multiple of its size. What the segments hold is told by the arena's table alone:
+ * without the arena (another boot) the file means nothing. Every frame in it has its crc. */
+struct spill_header {
+    uint64_t magic;
+    uint32_t version;
+    uint32_t segment_bytes;
+    uint32_t segments;
+    uint32_t zero;
+    uint8_t group[16];
+    uint8_t id[16];         /* arena_header.spill_id */
+    uint8_t reserved[PAGE - 56];
+};
+_Static_assert(sizeof(struct spill_header) == PAGE, "one direct write");
+_Static_assert(offsetof(struct spill_header, reserved) == 56, "no padding");
 
 /* ---- Journal: one file, a ring of records --------------------------------------------- */
 

@@ -42,6 +42,7 @@ bool group_step(struct group *g)
     moved |= journal_step(g);
     moved |= apply_step(g);
     moved |= pack_step(g);
+    moved |= spill_step(g);
     return moved;
 }
 
@@ -57,9 +58,10 @@ uint64_t group_timer(const struct group *g)
     const struct checkpoint *c = &g->checkpoint;
     uint64_t commit = g->mode == CORE_ACTIVE ? c->retry_ns : 0;
 
-    /* These two may have passed with nothing left to repeat: no reason to wake again. */
+    /* These may have passed with nothing left to repeat: no reason to wake again. */
     if (commit <= g->now_ns)
         commit = 0;
+    commit = earlier(commit, g->spill.retry_ns > g->now_ns ? g->spill.retry_ns : 0);
     return earlier(g->apply.retry_ns,
                    earlier(earlier(commit, pack_timer(g)),
                            c->limit_retry_ns > g->now_ns ? c->limit_retry_ns : 0));
@@ -81,6 +83,8 @@ void group_log(struct group *g, int level, const char *format, ...)
     va_end(args);
     group_emit(g, &event);
 }
+
+_Static_assert(CORE_ERROR_MAX >= TROUBLES * (CORE_TEXT_MAX + 1), "all of them, with \"; \"");
 
 static void join_troubles(struct group *g)
 {
@@ -117,6 +121,12 @@ void group_io_error(struct group *g, enum group_trouble kind, uint32_t disk, int
     group_emit(g, &event);
 }
 
+void group_hold(struct group *g, uint64_t blocks)
+{
+    spill_hold(g, epoch_room_segments(blocks));
+    group_pressure(g, true);
+}
+
 void group_pressure(struct group *g, bool held)
 {
     static const uint32_t marks[] = {50, 75, 90};
@@ -126,6 +136,8 @@ void group_pressure(struct group *g, bool held)
     for (uint32_t i = 0; i < sizeof(marks) / sizeof(marks[0]); i++)
         if (percent >= marks[i])
             mark = marks[i];
+    if (held && spill_may_help(g))
+        held = false; /* for a moment only: the disk will make room */
     if (held)
         mark = 100;
     if (mark > g->pressure_told) {

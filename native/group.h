@@ -21,6 +21,7 @@
 #include "journal.h"
 #include "metrics.h"
 #include "pack.h"
+#include "spill.h"
 #include "worker.h"
 
 /* Never given to guest writes: packing needs an output segment most when all is full. */
@@ -28,13 +29,13 @@
 #define GROUP_RETRY_NS 1000000000ull /* after an I/O error that nobody waits for */
 
 /* What fails, each until a success of its own kind. */
-enum group_trouble { TROUBLE_COMMIT, TROUBLE_SUPER, TROUBLE_IMAGES, TROUBLES };
+enum group_trouble { TROUBLE_COMMIT, TROUBLE_SUPER, TROUBLE_IMAGES, TROUBLE_SPILL, TROUBLES };
 
 struct group_stats {
     uint64_t seals, commits, applies, discards;
     uint64_t compressed_frames, incompressible_frames, zero_frames, dropped_frames;
     uint64_t compress_ns, commit_ns_last, seal_ns_last, apply_ns_last;
-    uint64_t journal_bytes, image_bytes;
+    uint64_t journal_bytes, image_bytes, spill_bytes;
     uint64_t clusters, pack_bytes_in, pack_bytes_out;
 };
 
@@ -58,6 +59,7 @@ struct group {
     struct journal journal;
     struct apply apply;
     struct pack pack;
+    struct spill spill;
     struct checkpoint checkpoint;
     struct group_stats stats;
     struct metrics metrics;     /* opened and closed by the core */
@@ -88,6 +90,8 @@ void group_io_error(struct group *g, enum group_trouble kind, uint32_t disk, int
 /* A success: the error of that kind, if any, stands no more. */
 void group_io_works(struct group *g, enum group_trouble kind);
 
+/* A request that touches so many blocks waits for room. */
+void group_hold(struct group *g, uint64_t blocks);
 /* Compares arena use with the marks and tells about a new one. */
 void group_pressure(struct group *g, bool held);
 

@@ -200,7 +200,8 @@ void journal_super_save(struct group *g, uint64_t epoch_limit,
 /* ---- Checksums of a commit's segments -------------------------------------------------- */
 
 /* Completes the frames' own checksums and folds the headers into the segment's. False: a
- * frame that an earlier agent left has changed since it got its checksum. */
+ * frame that an earlier agent left, or that lay in the spill file, has changed since it got its
+ * checksum. */
 static bool segment_checksum(struct arena *a, struct commit_segment *s)
 {
     uint32_t offset = 0;
@@ -218,14 +219,44 @@ static bool segment_checksum(struct arena *a, struct commit_segment *s)
     return true;
 }
 
+/* The same of a segment in the spill file, whose frames have their checksums all. */
+static bool spilled_checksum(struct expander *x, const struct arena *a, struct commit_segment *s)
+{
+    s->crc = 0;
+    for (uint32_t at = 0; at < s->bytes;) {
+        const struct frame_header *h = frame_get(x, a, arena_loc_of(s->segment, at));
+
+        if (!h || !frame_plausible(h, s->bytes - at))
+            return false;
+        s->crc = checksum_crc32c(s->crc, h, sizeof(*h));
+        at += frame_bytes(h->payload_bytes);
+    }
+    return true;
+}
+
 static void checksum_run(struct job *job, struct worker *w)
 {
     struct group *g = job->owner;
     struct commit *c = &g->journal.commit;
 
-    (void)w;
-    for (uint32_t i = c->checked; i < c->job_end; i++)
-        c->damaged |= !segment_checksum(&g->arena, &c->segment[i]);
+    for (uint32_t i = c->checked; i < c->job_end; i++) {
+        struct commit_segment *s = &c->segment[i];
+
+        if (s->segment >= g->arena.segments)
+            c->spill_lost |= !spilled_checksum(w ? &w->expand : &g->expand, &g->arena, s);
+        else
+            c->damaged |= !segment_checksum(&g->arena, s);
+    }
+}
+
+static void spill_fails_commit(struct group *g, int error)
+{
+    struct commit *c = &g->journal.commit;
+
+    spill_fault(g, error);
+    c->spill_lost = true;
+    if (!c->error)
+        c->error = error;
 }
 
 static void checksum_done(struct job *job)
@@ -233,7 +264,9 @@ static void checksum_done(struct job *job)
     struct group *g = job->owner;
     struct commit *c = &g->journal.commit;
 
-    if (c->damaged && !c->error)
+    if (c->spill_lost)
+        spill_fails_commit(g, -EIO);
+    else if (c->damaged && !c->error)
         c->error = -EILSEQ;
     c->checked = c->job_end;
     c->job_busy = false;
@@ -243,7 +276,7 @@ static bool checksum_step(struct group *g)
 {
     struct commit *c = &g->journal.commit;
 
-    if (c->job_busy || c->checked == c->segments)
+    if (c->job_busy || c->checked == c->segments || c->error)
         return false;
     c->job = (struct job){.run = checksum_run, .done = checksum_done, .owner = g};
     if (c->record_bytes <= JOURNAL_INLINE_BYTES + PAGE) {
@@ -339,6 +372,10 @@ static int lay_out(struct group *g)
             error = add_segments(g, e, &e->kept_list);
         if (!error)
             error = add_segments(g, e, &e->worn_list);
+        if (!error)
+            error = add_segments(g, e, &e->spill_list);
+        if (!error)
+            error = add_segments(g, e, &e->spill_worn_list);
     }
     if (error)
         return error;
@@ -575,6 +612,20 @@ static void commit_synced(struct group *g, int error)
     c->phase = COMMIT_FINISHED;
 }
 
+/* Segments in the spill file were written from its mapping after they had been checked: they
+ * count if the file had all of them to the end. They are the last ones, in order of place. */
+static bool sources_whole(struct group *g)
+{
+    const struct commit *c = &g->journal.commit;
+    int error = 0;
+
+    if (c->segments > 0 && c->segment[c->segments - 1].segment >= g->arena.segments)
+        error = spill_look(g);
+    if (error)
+        spill_fails_commit(g, error);
+    return !error;
+}
+
 static void commit_sync(struct group *g)
 {
     struct commit *c = &g->journal.commit;
@@ -618,7 +669,7 @@ void journal_commit_begin(struct group *g, uint64_t last)
     c->last = last;
     c->error = 0;
     c->checked = c->written = c->busy = 0;
-    c->header_written = c->job_busy = c->damaged = false;
+    c->header_written = c->job_busy = c->damaged = c->spill_lost = false;
     c->start_ns = g->now_ns;
     c->phase = COMMIT_JOBS;
     mark(g, CORE_EPOCH_COMMITTING, true);
@@ -663,10 +714,10 @@ bool journal_step(struct group *g)
         moved |= write_header(g);
         if ((c->busy == 0 || mutant(MUTANT_SYNC_BEFORE_WRITES)) && !c->job_busy &&
             (c->error || c->header_written)) {
-            if (!c->error && durable(g))
-                commit_synced(g, 0);
-            else if (c->error)
+            if (c->error || !sources_whole(g))
                 c->phase = COMMIT_FINISHED;
+            else if (durable(g))
+                commit_synced(g, 0);
             else
                 commit_sync(g);
             return true;

@@ -78,6 +78,7 @@ struct commit {
     uint32_t busy;                 /* writes in flight */
     bool header_written, job_busy;
     bool damaged;                  /* the job's: a frame's checksum was wrong */
+    bool spill_lost;               /* in the spill file */
     uint32_t job_end;
     struct job job;
     uint8_t *header;               /* record_header and table; a small record whole */

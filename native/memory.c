@@ -17,7 +17,7 @@ typedef unsigned long long ull;
 
 /* What the handler knows of mappings; nothing that another thread may free under it. It skips
  * an entry that is being changed: a mapping that somebody touches is not being freed. */
-#define MAPPINGS_MAX (CORE_DISKS_MAX * (CORE_REGIONS_MAX + 2))
+#define MAPPINGS_MAX (CORE_DISKS_MAX * (CORE_REGIONS_MAX + 2) + 1) /* the spill file */
 struct known {
     uint32_t taken;             /* by compare-and-swap */
     uint32_t turn;              /* odd while first and end change */
@@ -72,6 +72,33 @@ int memory_handle_sigbus(void)
     return sigaction(SIGBUS, &action, NULL) ? -errno : 0;
 }
 
+bool mapping_watch(struct mapping *m)
+{
+    for (uint32_t i = 0; i < MAPPINGS_MAX; i++) {
+        uint32_t no = 0;
+
+        if (__atomic_compare_exchange_n(&known[i].taken, &no, 1, false, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_RELAXED)) {
+            know(&known[i], (uintptr_t)m->base, m->bytes);
+            m->lost = &known[i].lost;
+            return true;
+        }
+    }
+    return false;
+}
+
+void mapping_unwatch(struct mapping *m)
+{
+    struct known *k;
+
+    if (!m->lost)
+        return;
+    k = (struct known *)((uint8_t *)m->lost - offsetof(struct known, lost));
+    m->lost = NULL;
+    know(k, 0, 0);
+    __atomic_store_n(&k->taken, 0, __ATOMIC_RELEASE);
+}
+
 int mapping_create(int fd, uint64_t bytes, struct mapping **out, char *text)
 {
     struct mapping *m = calloc(1, sizeof(*m));
@@ -93,16 +120,9 @@ int mapping_create(int fd, uint64_t bytes, struct mapping **out, char *text)
     if (m->base == MAP_FAILED)
         goto failed;
     madvise(m->base, bytes, MADV_DONTDUMP);
-    for (uint32_t i = 0; i < MAPPINGS_MAX; i++) {
-        uint32_t no = 0;
-
-        if (__atomic_compare_exchange_n(&known[i].taken, &no, 1, false, __ATOMIC_ACQ_REL,
-                                        __ATOMIC_RELAXED)) {
-            know(&known[i], (uintptr_t)m->base, bytes);
-            m->lost = &known[i].lost;
-            *out = m;
-            return 0;
-        }
+    if (mapping_watch(m)) {
+        *out = m;
+        return 0;
     }
     munmap(m->base, bytes);
     error = -ENOSPC;
@@ -116,15 +136,8 @@ void mapping_free(struct mapping *m)
 {
     if (!m)
         return;
-    if (m->lost) {
-        struct known *k = (struct known *)((uint8_t *)m->lost - offsetof(struct known, lost));
-
-        know(k, 0, 0); /* before the address may be somebody else's */
-        munmap(m->base, m->bytes);
-        __atomic_store_n(&k->taken, 0, __ATOMIC_RELEASE);
-    } else {
-        munmap(m->base, m->bytes);
-    }
+    mapping_unwatch(m); /* before the address may be somebody else's */
+    munmap(m->base, m->bytes);
     free(m);
 }
 

@@ -16,7 +16,7 @@
 
 #include "core.h"
 
-/* One shared mapping that a front end gave us. */
+/* One shared mapping of a file that may shrink: a front end's, or the spill file's. */
 struct mapping {
     void *base;
     uint64_t bytes;
@@ -43,6 +43,11 @@ struct dirty_log {
 
 /* Once a process: the SIGBUS handler. */
 int memory_handle_sigbus(void);
+
+/* A mapping that somebody else made: the handler knows it from here to the end of the watch.
+ * False: too many are known. */
+bool mapping_watch(struct mapping *m);
+void mapping_unwatch(struct mapping *m);
 
 int mapping_create(int fd, uint64_t bytes, struct mapping **out, char *text);
 void mapping_free(struct mapping *m);

@@ -19,6 +19,9 @@ int pack_init(struct group *g)
     p->move = calloc(PACK_FRAMES_MAX * 2, sizeof(*p->move));
     p->plain = malloc(CLUSTER_BYTES);
     p->squeezed = malloc(CLUSTER_BYTES);
+    p->copy = g->config.spill_bytes > 0 ? malloc(SEGMENT_BYTES) : NULL;
+    if (g->config.spill_bytes > 0 && !p->copy)
+        return -ENOMEM;
     return p->frame && p->block && p->move && p->plain && p->squeezed ? 0 : -ENOMEM;
 }
 
@@ -31,6 +34,7 @@ void pack_free(struct group *g)
     free(p->move);
     free(p->plain);
     free(p->squeezed);
+    free(p->copy);
     memset(p, 0, sizeof(*p));
 }
 
@@ -48,35 +52,42 @@ static void watch(struct group *g, struct epoch *e, uint32_t segment)
 
 void pack_worn(struct group *g, struct epoch *e, uint32_t segment)
 {
+    bool ram = segment < g->arena.segments;
+    struct segment_list *kept_list = ram ? &e->kept_list : &e->spill_list;
+    struct segment_list *worn_list = ram ? &e->worn_list : &e->spill_worn_list;
     struct segment_use *u = &g->arena.use[segment];
     bool worn = u->worn_at == u->slots && u->slots > 1;
 
     if (u->dead < u->slots) {
-        segment_list_remove(&g->arena, &e->kept_list, segment);
-        segment_list_append(&g->arena, &e->worn_list, segment);
+        segment_list_remove(&g->arena, kept_list, segment);
+        segment_list_append(&g->arena, worn_list, segment);
         u->worn_at = u->slots;
         pack_look(g);
         return;
     }
-    segment_list_remove(&g->arena, worn ? &e->worn_list : &e->kept_list, segment);
+    segment_list_remove(&g->arena, worn ? worn_list : kept_list, segment);
     segment_list_append(&g->arena, &g->pack.dead_list, segment);
     e->stored_bytes -= arena_tail(&g->arena, segment);
     g->stats.dropped_frames += u->dead;
 }
 
-static void keep(struct group *g, struct epoch *e, uint32_t segment)
+void pack_keep(struct group *g, struct epoch *e, uint32_t segment)
 {
-    segment_list_append(&g->arena, &e->kept_list, segment);
+    segment_list_append(&g->arena, segment < g->arena.segments ? &e->kept_list : &e->spill_list,
+                        segment);
     watch(g, e, segment);
 }
 
 void pack_recounted(struct group *g, struct epoch *e)
 {
-    struct segment_list l = e->kept_list;
+    struct segment_list kept = e->kept_list, spilled = e->spill_list;
 
     segment_list_init(&e->kept_list);
-    while (l.count > 0)
-        keep(g, e, segment_list_pop(&g->arena, &l));
+    segment_list_init(&e->spill_list);
+    while (kept.count > 0)
+        pack_keep(g, e, segment_list_pop(&g->arena, &kept));
+    while (spilled.count > 0)
+        pack_keep(g, e, segment_list_pop(&g->arena, &spilled));
 }
 
 /* ---- After the job ----------------------------------------------------------------------- */
@@ -101,9 +112,9 @@ static void undo(struct group *g, struct pack *p, struct epoch *e)
     if (p->incompressible) {
         g->stats.incompressible_frames += p->frames;
         p->streak++;
-        keep(g, e, p->source);
+        pack_keep(g, e, p->source);
     } else if (p->reclaim) {
-        keep(g, e, p->source);
+        pack_keep(g, e, p->source);
     } else {
         segment_list_append(&g->arena, &e->raw_list, p->source);
     }
@@ -213,21 +224,29 @@ static uint8_t alive(const struct epoch *e, const struct frame_header *h, arena_
     return bits;
 }
 
+const struct frame_header *pack_frame(const struct pack *p, arena_loc loc)
+{
+    if (likely(!p->spilled))
+        return arena_frame(&p->group->arena, loc);
+    return (struct frame_header *)(p->copy + (uint64_t)loc * FRAME_ALIGN % SEGMENT_BYTES);
+}
+
 /* The next frames of the source: those alive are taken. */
 static void gather_piece(struct group *g, struct pack *p, struct epoch *e)
 {
     uint32_t tail = arena_tail(&g->arena, p->source), at = p->source_offset, n = 0;
+    uint8_t *from = p->spilled ? p->copy : arena_segment(&g->arena, p->source);
     struct pack_source piece[PACK_PIECE];
     const struct frame_header *h;
 
-    while (n < PACK_PIECE && (h = arena_frame_next(&g->arena, p->source, tail, &p->source_offset))) {
+    while (n < PACK_PIECE && (h = frame_next(from, tail, &p->source_offset))) {
         for (uint32_t i = 0; i < h->blocks && i < CLUSTER_BLOCKS; i++)
             index_prefetch(&e->index, h->disk, h->block + i);
         piece[n++].loc = arena_loc_of(p->source, at);
         at = p->source_offset;
     }
     for (uint32_t i = 0; i < n; i++) {
-        piece[i].alive = alive(e, arena_frame(&g->arena, piece[i].loc), piece[i].loc);
+        piece[i].alive = alive(e, pack_frame(p, piece[i].loc), piece[i].loc);
         if (piece[i].alive)
             p->frame[p->frames++] = piece[i];
         else
@@ -239,12 +258,47 @@ static void gather_piece(struct group *g, struct pack *p, struct epoch *e)
     start_job(g, p);
 }
 
+/* On the helper: the disk is waited for here, not on the reactor. */
+static void read_spilled(struct job *job, struct worker *w)
+{
+    struct pack *p = job->owner;
+    const struct arena *a = &p->group->arena;
+    uint32_t tail = arena_tail(a, p->source), bytes;
+
+    for (uint32_t at = 0; at < tail && !p->damaged; at += bytes) {
+        const struct frame_header *h = frame_get(&w->expand, a, arena_loc_of(p->source, at));
+
+        bytes = h ? frame_bytes(h->payload_bytes) : 0;
+        p->damaged = bytes == 0 || at + bytes > tail;
+        if (!p->damaged)
+            memcpy(p->copy + at, h, sizeof(*h) + h->payload_bytes);
+    }
+}
+
+static void spilled_read(struct job *job)
+{
+    struct pack *p = job->owner;
+
+    p->phase = PACK_GATHER;
+    if (!p->damaged)
+        return;
+    spill_fault(p->group, -EIO);
+    undo(p->group, p, p->epoch);
+}
+
+static void start_read(struct group *g, struct pack *p)
+{
+    p->job = (struct job){.run = read_spilled, .done = spilled_read, .owner = p};
+    check(worker_submit(&g->packer, &p->job, false));
+    p->phase = PACK_READ;
+}
+
 static void begin(struct group *g, struct pack *p, struct epoch *e)
 {
     p->epoch = e;
     p->out = e->packed;
     p->spare = arena_segment_take(&g->arena, e->id, SEGMENT_PACKED);
-    p->spare_used = p->incompressible = p->gathered = false;
+    p->spare_used = p->incompressible = p->gathered = p->damaged = false;
     p->bytes_in = p->bytes_out = p->stored = p->compressed = p->raw = p->clusters = p->ns = 0;
     p->frames = p->blocks = p->moves = p->source_offset = p->cancel = 0;
     e->jobs++;
@@ -281,6 +335,13 @@ static bool may_pack(const struct group *g, const struct epoch *e)
 static bool may_reclaim(const struct group *g, const struct epoch *e)
 {
     return e->worn_list.count > 0 && group_pressure_percent(g) >= RECLAIM_PERCENT;
+}
+
+/* While the file is short of room, and what it has can be believed. */
+static bool may_reclaim_spilled(const struct group *g, const struct epoch *e)
+{
+    return e->spill_worn_list.count > 0 && !g->spill.fault &&
+           g->arena.spill_free_count < g->arena.spill_segments / 4 + 1;
 }
 
 uint32_t pack_queue(const struct group *g)
@@ -329,17 +390,23 @@ static void take_source(struct group *g, struct pack *p, struct epoch *e)
     struct segment_use *u;
 
     p->reclaim = !may_pack(g, e);
-    p->source = segment_list_pop(&g->arena, p->reclaim ? &e->worn_list : &e->raw_list);
+    p->spilled = p->reclaim && !may_reclaim(g, e);
+    p->source = segment_list_pop(&g->arena, p->spilled ? &e->spill_worn_list :
+                                 p->reclaim ? &e->worn_list : &e->raw_list);
     if (p->source == e->raw.segment)
         e->raw.segment = SEGMENT_NONE;
     u = &g->arena.use[p->source];
     if (!p->reclaim && hopeless(g, p, u)) {
-        keep(g, e, p->source); /* and free it, when all is dead */
+        pack_keep(g, e, p->source); /* and free it, when all is dead */
         return;
     }
     u->worn_at = UINT32_MAX;
     p->level = level(g);
     begin(g, p, e);
+    if (p->spilled) {
+        start_read(g, p);
+        return;
+    }
     p->phase = PACK_GATHER;
     if (u->dead <= u->slots / 8) /* a few dead frames cost less than looking for them */
         start_job(g, p);
@@ -367,7 +434,7 @@ static bool choose(struct group *g, struct pack *p)
 
         if (e->frozen)
             continue;
-        if (may_pack(g, e) || may_reclaim(g, e))
+        if (may_pack(g, e) || may_reclaim(g, e) || may_reclaim_spilled(g, e))
             chosen = e;
     }
     if (!chosen)
@@ -395,6 +462,8 @@ bool pack_step(struct group *g)
         if (likely(!p->look) && (p->check_ns == 0 || g->now_ns < p->check_ns))
             return false;
         return choose(g, p);
+    case PACK_READ:
+        return false;
     case PACK_GATHER:
         if (p->epoch->frozen || p->epoch->dropped)
             undo(g, p, p->epoch);

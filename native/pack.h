@@ -15,6 +15,10 @@
  * list, and is copied together when memory is short. A copy never is larger than its source:
  * a cluster whose living members do not compress well without the others stays whole.
  *
+ * The same counts hold in the spill file (spill.h): a dead segment there is free at once, and a
+ * worn one is copied back to RAM when the file is short, to move again when it is full. The
+ * helper reads it first. A copy without the right checksum is not used: the file has lost it.
+ *
  * Owner: the reactor thread; the job in flight is the helper's. One job at a time. A step
  * looks at PACK_PIECE frames at most, so that no guest request waits for a whole segment.
  */
@@ -61,7 +65,7 @@ struct pack_block {
     const struct frame_header *frame;
 };
 
-enum pack_phase { PACK_IDLE, PACK_GATHER, PACK_JOB, PACK_ADOPT };
+enum pack_phase { PACK_IDLE, PACK_READ, PACK_GATHER, PACK_JOB, PACK_ADOPT };
 
 struct pack {
     struct segment_list dead_list; /* to be freed, once the write that did it is over */
@@ -82,6 +86,8 @@ struct pack {
     bool spare_used;
     bool reclaim;               /* the source was worn: frames are moved as they are */
     bool gathered;              /* frame[] has the source's frames that are alive */
+    bool spilled;               /* the source lies in the spill file ... */
+    bool damaged;               /* ... and is not whole */
     bool incompressible;
     uint32_t cancel;            /* atomic: a commit waits for the epoch */
     uint64_t bytes_in, bytes_out; /* of payload compressed, and what became of it */
@@ -93,7 +99,12 @@ struct pack {
     struct pack_block *block;   /* PACK_BLOCKS_MAX */
     struct pack_move *move;     /* PACK_FRAMES_MAX * 2: a cluster may fall apart */
     uint8_t *plain, *squeezed;  /* CLUSTER_BYTES each, the helper's */
+    uint8_t *copy;              /* SEGMENT_BYTES: a source in the spill file, checked; NULL:
+                                   there is no spill file */
 };
+
+/* A frame of the source, wherever that is looked at. */
+const struct frame_header *pack_frame(const struct pack *p, arena_loc loc);
 
 int pack_init(struct group *g);
 void pack_free(struct group *g);
@@ -109,6 +120,8 @@ uint32_t pack_queue(const struct group *g);
 #define pack_look(g) ((void)((g)->pack.look = true))
 /* `dead` of a segment has come to `worn_at`. */
 void pack_worn(struct group *g, struct epoch *e, uint32_t segment);
+/* A full segment goes to the epoch's kept ones, to those of the spill file if it lies there. */
+void pack_keep(struct group *g, struct epoch *e, uint32_t segment);
 /* The epoch's frames were counted anew (recovery). */
 void pack_recounted(struct group *g, struct epoch *e);
 /* The helper's part, pack_job.c. */

@@ -48,7 +48,7 @@ static void moved(struct pack *p, const struct frame_header *h, arena_loc old, a
 
 static void copy(struct pack *p, struct arena_cursor *at, arena_loc loc)
 {
-    const struct frame_header *h = arena_frame(&p->group->arena, loc);
+    const struct frame_header *h = pack_frame(p, loc);
 
     moved(p, h, loc, store(p, at, h, NULL, h + 1));
 }
@@ -220,10 +220,9 @@ static void pack_blocks(struct pack *p, struct worker *w, struct arena_cursor *a
 static bool pack_alive(struct pack *p, struct worker *w, struct arena_cursor *at, arena_loc loc,
                        uint8_t alive)
 {
-    const struct arena *a = &p->group->arena;
-    const struct frame_header *old = arena_frame(a, loc);
-    const uint8_t *plain =
-        old->crc == frame_crc(old) ? cluster_expand(&w->expand, a, loc) : NULL;
+    const struct frame_header *old = pack_frame(p, loc);
+    const uint8_t *plain = old->crc == frame_crc(old)
+                               ? cluster_expand(&w->expand, &p->group->arena, loc, old) : NULL;
     struct frame_header h[CLUSTER_BLOCKS / 2 + 1];
     uint32_t first[CLUSTER_BLOCKS / 2 + 1], runs = 0, used = 0, total = 0, n, bytes;
 
@@ -262,9 +261,9 @@ static bool pack_alive(struct pack *p, struct worker *w, struct arena_cursor *at
 
 static bool partly_dead(const struct frame_header *h, uint8_t alive)
 {
-    uint32_t all = (1u << h->blocks) - 1;
-
-    return h->kind == FRAME_CLUSTER && (alive & all) != all;
+    if (h->kind != FRAME_CLUSTER)
+        return false;
+    return (~alive & ((1u << h->blocks) - 1)) != 0;
 }
 
 /* ---- The job ----------------------------------------------------------------------------- */
@@ -286,7 +285,7 @@ static void pack_frames(struct pack *p, struct worker *w, struct arena_cursor *a
 {
     for (uint32_t i = 0; i < p->frames && !cancelled(p); i++) {
         const struct pack_source *f = &p->frame[i];
-        const struct frame_header *h = arena_frame(&p->group->arena, f->loc);
+        const struct frame_header *h = pack_frame(p, f->loc);
 
         if (p->reclaim) {
             if (!partly_dead(h, f->alive) || !pack_alive(p, w, at, f->loc, f->alive))

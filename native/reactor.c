@@ -78,6 +78,9 @@ static void query_status(struct reactor *r, core_status *out)
     out->arena_used = (uint64_t)(a->segments - a->free_count) * SEGMENT_BYTES;
     if (out->arena_used > out->arena_size)
         out->arena_used = out->arena_size; /* packing is using its reserve */
+    out->spill_size = (uint64_t)a->spill_segments * SEGMENT_BYTES;
+    out->spill_used = (uint64_t)arena_spill_used(a) * SEGMENT_BYTES;
+    out->spill_fault = (uint32_t)-g->spill.fault;
     out->journal_size = g->journal.ring_bytes;
     out->journal_used = journal_used(&g->journal);
     for (uint32_t i = 0; i < g->epochs; i++) {
@@ -122,6 +125,7 @@ static void query_status(struct reactor *r, core_status *out)
     out->apply_ns_last = g->stats.apply_ns_last;
     out->journal_bytes_written = g->stats.journal_bytes;
     out->image_bytes_written = g->stats.image_bytes;
+    out->spill_bytes_written = g->stats.spill_bytes;
     memcpy(out->error, g->error, sizeof(out->error));
 }
 

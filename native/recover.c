@@ -242,7 +242,7 @@ static bool frames_whole(const uint8_t *at, uint32_t bytes, uint32_t want, uint3
 static uint32_t segment_of_record(const struct arena *a, const struct record_header *h,
                                   uint32_t at)
 {
-    for (; at < a->segments; at++) {
+    for (; at < arena_segments_all(a); at++) {
         const struct segment_desc *d = &a->desc[at];
 
         if (d->state != SEGMENT_FREE && d->tail > 0 && d->epoch >= h->epoch_first &&
@@ -252,17 +252,28 @@ static uint32_t segment_of_record(const struct arena *a, const struct record_hea
     return SEGMENT_NONE;
 }
 
-/* The lowest free one: a record's segments lie in the arena in the order of its table. */
+/* The lowest free one, in RAM first: a record's segments lie in the arena in the order of its table. */
 static uint32_t take_segment(struct recovery *r, uint64_t epoch)
 {
     const struct arena *a = &r->g->arena;
 
-    for (; r->take_from < a->segments; r->take_from++)
+    for (; r->take_from < arena_segments_all(a); r->take_from++)
         if (a->desc[r->take_from].state == SEGMENT_FREE) {
             a->desc[r->take_from] = (struct segment_desc){.epoch = epoch, .state = SEGMENT_PACKED};
             return r->take_from++;
         }
     return SEGMENT_NONE;
+}
+
+static int spill_write(struct recovery *r, uint32_t segment, uint64_t bytes)
+{
+    struct iovec iov = {.iov_base = r->buffer, .iov_len = bytes};
+    struct disk_op op = {.opcode = DISK_WRITE, .file = DISK_SPILL, .bytes = bytes, .iov = &iov,
+                         .iov_count = 1, .offset = arena_spill_offset(&r->g->arena, segment)};
+    int64_t result = disk_run(r->g->disk, &op);
+
+    return result < 0 ? refuse(r, (int)result, "spill file: writing failed: %s",
+                               strerror((int)-result)) : 0;
 }
 
 /* Where the data of a record goes or what it is compared with. */
@@ -296,15 +307,20 @@ static int read_data(struct recovery *r, const struct record_header *h, enum dat
             segment = take_segment(r, table[i].epoch);
             if (segment == SEGMENT_NONE)
                 return refuse(r, -ENOSPC, "arena: too small for the committed epochs in the "
-                              "journal; start with --arena-size of at least %llu",
-                              (ull)(g->arena.bytes * 2));
-            to = arena_segment(&g->arena, segment);
+                              "journal; start with --arena-size of at least %llu, or with the "
+                              "spill file that it had", (ull)(g->arena.bytes * 2));
+            if (segment < g->arena.segments)
+                to = arena_segment(&g->arena, segment);
         }
         error = ring_read(r, lsn, to, padded);
         if (error)
             return error;
         if (!frames_whole(to, table[i].bytes, table[i].crc, g->config.disks, blocks_max))
             return 0; /* segments taken so far are given back by the caller */
+        if (segment != SEGMENT_NONE && to == r->buffer)
+            error = spill_write(r, segment, padded);
+        if (error)
+            return error;
         if (segment != SEGMENT_NONE) {
             g->arena.desc[segment].tail = table[i].bytes;
         } else if (*same) {
@@ -354,7 +370,7 @@ static void give_back(struct recovery *r, const struct record_header *h)
 {
     struct arena *a = &r->g->arena;
 
-    for (uint32_t i = 0; i < a->segments; i++)
+    for (uint32_t i = 0; i < arena_segments_all(a); i++)
         if (a->desc[i].epoch >= h->epoch_first && a->desc[i].epoch <= h->epoch_last)
             a->desc[i].state = SEGMENT_FREE;
     r->take_from = 0;
@@ -561,7 +577,7 @@ static int adopt_segments(struct recovery *r)
     struct group *g = r->g;
     struct arena *a = &g->arena;
 
-    for (uint32_t i = 0; i < a->segments; i++) {
+    for (uint32_t i = 0; i < arena_segments_all(a); i++) {
         struct segment_desc *d = &a->desc[i];
         struct epoch *e;
 
@@ -575,7 +591,8 @@ static int adopt_segments(struct recovery *r)
             continue;
         }
         e->adopted = !r->fresh;
-        segment_list_append(a, d->state == SEGMENT_RAW ? &e->raw_list : &e->kept_list, i);
+        segment_list_append(a, i >= a->segments ? &e->spill_list :
+                            d->state == SEGMENT_RAW ? &e->raw_list : &e->kept_list, i);
     }
     arena_collect_free(a);
     for (uint32_t i = 0; i < g->epochs; i++) {
@@ -636,8 +653,11 @@ static int recover(struct recovery *r)
         error = check_disks(r);
     if (error)
         return error;
-    error = arena_attach(&g->arena, g->config.arena_fd, g->config.arena_bytes, g->journal.group,
-                         g->config.boot_id, &r->fresh, r->text);
+    error = arena_attach(&g->arena, g->config.arena_fd, g->config.arena_bytes, g->config.spill_fd,
+                         g->config.spill_bytes, g->journal.group, g->config.boot_id, &r->fresh,
+                         r->text);
+    if (!error)
+        error = spill_open(g, r->text);
     if (error)
         return error;
     error = skip_applied(r);

@@ -22,7 +22,7 @@ _Static_assert(sizeof(struct seen) == 16, "less than the index, for millions of 
 
 struct all_seen {
     struct seen *at;        /* NULL: only counted */
-    uint64_t count;
+    uint64_t count, max;
 };
 
 /* Is all of the frame on a disk of the group? Applied, it would go beyond the image. */
@@ -34,32 +34,35 @@ static bool on_disk(const struct group *g, const struct frame_header *h)
     return h->disk < g->config.disks && end * SECTOR_BYTES <= g->config.disk[h->disk].size_bytes;
 }
 
-static void add_frame(struct all_seen *all, const struct frame_header *h, arena_loc loc)
+/* False: there are more than were counted, so the spill file has changed under us. */
+static bool add_frame(struct all_seen *all, const struct frame_header *h, arena_loc loc)
 {
     uint32_t members = h->kind == FRAME_CLUSTER ? h->blocks : 1;
 
+    if (all->at && all->count + members > all->max)
+        return false;
     for (uint32_t i = 0; all->at && i < members; i++)
         all->at[all->count + i] = (struct seen){
             .seq = h->kind == FRAME_CLUSTER ? cluster_seq(h)[i] : h->seq, .loc = loc, .member = i};
     all->count += members;
+    return true;
 }
 
 static int collect_list(struct group *g, const struct segment_list *l, struct all_seen *all)
 {
     for (uint32_t n = 0, segment = l->first; n < l->count; n++, segment = g->arena.next[segment]) {
-        uint32_t tail = arena_tail(&g->arena, segment), offset = 0, at = 0;
-        struct frame_header *h;
+        uint32_t tail = arena_tail(&g->arena, segment), at = 0;
 
         if (!all->at) /* one call instead of a page fault a frame; no harm where it is unknown */
             madvise(arena_segment(&g->arena, segment), page_round_up(tail), MADV_POPULATE_READ);
-        while ((h = arena_frame_next(&g->arena, segment, tail, &offset))) {
-            if (!on_disk(g, h))
-                return -EILSEQ;
-            add_frame(all, h, arena_loc_of(segment, at));
-            at = offset;
+        while (at < tail) {
+            arena_loc loc = arena_loc_of(segment, at);
+            const struct frame_header *h = frame_get(&g->expand, &g->arena, loc);
+
+            if (!h || !frame_plausible(h, tail - at) || !on_disk(g, h) || !add_frame(all, h, loc))
+                return -EILSEQ; /* below a published tail all frames are whole */
+            at += frame_bytes(h->payload_bytes);
         }
-        if (offset != tail)
-            return -EILSEQ; /* below a published tail all frames are whole */
     }
     return 0;
 }
@@ -68,7 +71,9 @@ static int collect(struct group *g, struct epoch *e, struct all_seen *all)
 {
     int error = collect_list(g, &e->raw_list, all);
 
-    return error ? error : collect_list(g, &e->kept_list, all);
+    if (!error)
+        error = collect_list(g, &e->kept_list, all);
+    return error ? error : collect_list(g, &e->spill_list, all);
 }
 
 /* ---- By seq, oldest first ------------------------------------------------------------------ */
@@ -144,11 +149,28 @@ static void sort(struct all_seen *all)
 
 /* ---- Into the index ------------------------------------------------------------------------ */
 
-static int enter(struct group *g, struct epoch *e, const struct seen *s)
+/* A frame that was collected, to look at; of the spill file a copy, for it may have changed. */
+static const struct frame_header *seen_frame(struct group *g, const struct seen *s,
+                                             struct frame_header *copy)
 {
     const struct frame_header *h = arena_frame(&g->arena, s->loc);
-    uint32_t blocks = h->kind == FRAME_CLUSTER ? 1 : h->blocks;
 
+    if (!arena_spilled(&g->arena, s->loc))
+        return h;
+    *copy = *h;
+    return frame_plausible(copy, SEGMENT_BYTES) && on_disk(g, copy) && s->member < copy->blocks
+               ? copy : NULL;
+}
+
+static int enter(struct group *g, struct epoch *e, const struct seen *s)
+{
+    struct frame_header copy;
+    const struct frame_header *h = seen_frame(g, s, &copy);
+    uint32_t blocks;
+
+    if (!h)
+        return -EIO;
+    blocks = h->kind == FRAME_CLUSTER ? 1 : h->blocks;
     if (blocks > ZERO_SLOTS_MAX) {
         g->arena.use[arena_loc_segment(s->loc)].slots++; /* never dies */
         return epoch_put_range(g, e, h->disk, h->block, h->block + blocks, h->flags);
@@ -196,6 +218,8 @@ static int enter_epoch(struct group *g, struct epoch *e, struct all_seen *all)
 
     if (error)
         return error;
+    if (all->count == 0)
+        return -EILSEQ;
     sort(all);
     if (all->at[0].seq < g->seq) /* written before an older epoch's: not of this epoch */
         return -EILSEQ;
@@ -218,8 +242,10 @@ int epoch_reindex(struct group *g, struct epoch *e)
 
     count_stored(g, e, &e->raw_list);
     count_stored(g, e, &e->kept_list);
+    count_stored(g, e, &e->spill_list);
     if (!error && all.count > 0) {
         all.at = malloc(all.count * sizeof(*all.at));
+        all.max = all.count;
         all.count = 0;
         error = all.at ? enter_epoch(g, e, &all) : -ENOMEM;
         free(all.at);

@@ -555,8 +555,13 @@ uint32_t ring_poll(struct ring *r, uint32_t budget)
 {
     uint16_t avail, waiting;
 
-    if (!r->running || (r->held && !epoch_room(&r->blk->core->group, r->held_blocks)))
+    if (!r->running)
         return 0;
+    if (unlikely(r->held) && !epoch_room(&r->blk->core->group, r->held_blocks)) {
+        /* Again: others may have taken what was made free for it. */
+        spill_hold(&r->blk->core->group, epoch_room_segments(r->held_blocks));
+        return 0;
+    }
     r->held = false;
     if (unlikely(r->resubmit_next < r->resubmits) && !poll_resubmits(r))
         return 0;

@@ -296,3 +296,35 @@ def test_every_error_is_one_sentence_with_its_values() -> None:
         assert all(value in message for value in values)
         assert "\n" not in message
         assert kind.exit_code in range(1, 6)
+
+
+# ---- a full arena ---------------------------------------------------------------------------
+
+
+def test_a_full_arena_holds_the_guest_unless_told_otherwise(tmp_path: Path) -> None:
+    assert parse(*ONE_DISK).spill_bytes == 0
+    assert parse(*ONE_DISK, "--on-full", "hold").spill_bytes == 0
+    settings = parse(*ONE_DISK, "--on-full", "spill", "--arena-size", "64M")
+    assert settings.spill_bytes == 128 << 20
+    assert settings.spill_path == tmp_path / "disk.img.epochd-spill"
+    text = 'on-full = "spill"\nspill-size = "1G"\n' + disk_table(0)
+    assert parse_toml(text).spill_bytes == 1 << 30
+    assert parse_toml(text, "--spill-size", "16M").spill_bytes == 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "words"),
+    [
+        ('on-full = "wait"\n', "on-full", "not one of hold, spill"),
+        ("on-full = [1]\n", "on-full", "not one of hold, spill"),
+        ('spill-size = "1G"\n', "spill-size", "means nothing without on-full"),
+        ('on-full = "hold"\nspill-size = "1G"\n', "spill-size", "means nothing without"),
+        ('on-full = "spill"\nspill-size = "1M"\n', "spill-size", "less than the smallest"),
+        ('on-full = "spill"\nspill-size = "128G"\n', "spill-size", "together"),
+    ],
+)
+def test_what_a_full_arena_cannot_do_is_refused(text: str, key: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_toml(text + disk_table(0))
+    assert str(caught.value).startswith(f"epochd.toml: {key}")
+    assert words in str(caught.value)

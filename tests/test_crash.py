@@ -7,15 +7,18 @@ often under a real guest (5); `tests/crash/run` is the long form.
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
-from conftest import running
+from conftest import Attach, StartDaemon, running
 from crash import build
 from crash.campaign import Campaign
 from crash.guest import GuestCampaign
-from crash.points import POINTS
+from crash.points import POINTS, SPILL_POINTS
+from frontend import INDIRECT, GuestMemory, RegionSpec, Status, Type
 
 KILLS = int(os.environ.get("EPOCHD_TEST_KILLS", "40"))
 GUEST_KILLS = int(os.environ.get("EPOCHD_TEST_GUEST_KILLS", "5"))
@@ -54,10 +57,41 @@ def test_a_guest_sees_no_error_when_the_agent_is_killed(tmp_path: Path) -> None:
     assert not campaign.daemon.complaints()
 
 
+@pytest.mark.parametrize("point", SPILL_POINTS)
+def test_nothing_is_lost_when_the_agent_dies_over_a_move_to_the_spill_file(
+    epochd: StartDaemon, attach: Attach, point: str
+) -> None:
+    dice = random.Random(point)
+    size, chunk = 16 << 20, 256 << 10
+    options = ["--on-full", "spill", "--spill-size", "24M", "--compress-level", "0"]
+    daemon = epochd(start=False, arena="8M", options=options, program=build.command())
+    daemon.environment = {"EPOCHD_CRASH_POINT": f"{point}:{dice.randint(1, SPILL_POINTS[point])}"}
+    daemon.start()
+    memory = GuestMemory([RegionSpec(guest=0, size=32 << 20, user=0x7F10_0000_0000)])
+    disk = attach(daemon, memory=memory, inflight=True)
+    data = dice.randbytes(size)
+    requests = [
+        disk.submit(Type.OUT, at // 512, data[at : at + chunk], layout=INDIRECT)
+        for at in range(0, size, chunk)
+    ]
+    assert daemon.wait_exit() == -signal.SIGKILL
+    daemon.environment = {}
+    daemon.start()
+    disk.reconnect()
+    disk.wait(*requests)
+    assert {request.status for request in requests} == {Status.OK}
+    read = [disk.read(at // 512, chunk // 512, layout=INDIRECT) for at in range(0, size, chunk)]
+    assert b"".join(read) == data
+    daemon.control.checkpoint()
+    daemon.control.wait_applied()
+    assert daemon.image_bytes()[:size] == data
+
+
 def test_every_point_is_in_the_core() -> None:
+    points = POINTS | SPILL_POINTS
     text = "".join(path.read_text() for path in SOURCES.glob("*.c"))
-    assert {name for name in POINTS if f'crash_point("{name}")' not in text} == set()
-    assert text.count('crash_point("') == len(POINTS)
+    assert {name for name in points if f'crash_point("{name}")' not in text} == set()
+    assert text.count('crash_point("') == len(points)
 
 
 def test_the_installed_agent_has_no_points(tmp_path: Path) -> None:

@@ -39,3 +39,10 @@ POINTS: dict[str, int] = {
     "recover-before-super": 1,
     "recover-before-arena": 1,
 }
+
+SPILL_POINTS: dict[str, int] = {
+    # A segment's move to the spill file, which the campaign's load has no need of.
+    "spill-before-publish": 30,
+    "spill-before-index": 30,
+    "spill-before-free": 30,
+}

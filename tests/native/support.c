@@ -52,7 +52,7 @@ static void submit(struct disk *d, struct disk_op *op)
 {
     struct memory_disk *m = (struct memory_disk *)d;
 
-    check(op->file < m->files);
+    check(op->file < FILES_MAX && m->file[op->file]);
     op->next = NULL;
     if (m->last)
         m->last->next = op;
@@ -118,15 +118,18 @@ static uint32_t reap(struct disk *d, bool wait)
     return count;
 }
 
-static void add_file(struct memory_disk *m, uint64_t bytes)
+static void set_file(struct memory_disk *m, uint32_t n, uint64_t bytes)
 {
-    uint32_t n = m->files++;
-
     check(n < FILES_MAX);
     m->fd[n] = memory_file(bytes);
     m->bytes[n] = bytes;
     m->file[n] = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd[n], 0);
     check(m->file[n] != MAP_FAILED);
+}
+
+static void add_file(struct memory_disk *m, uint64_t bytes)
+{
+    set_file(m, m->files++, bytes);
 }
 
 /* ---- The group ------------------------------------------------------------------------------- */
@@ -146,7 +149,7 @@ void bench_start(struct bench *b, uint64_t size0, uint64_t size1, int compress_l
 
     memset(b, 0, sizeof(*b));
     b->disk.disk = (struct disk){.submit = submit, .reap = reap};
-    add_file(&b->disk, core_journal_bytes_min(BENCH_ARENA));
+    add_file(&b->disk, core_journal_bytes_min(BENCH_ARENA + BENCH_SPILL_MAX));
     b->config = (core_config){.disks = BENCH_DISKS, .workers = 1, .journal_fd = b->disk.fd[0],
                               .arena_fd = memory_file(BENCH_ARENA), .arena_bytes = BENCH_ARENA,
                               .compress_level = compress_level, .boot_id = "this boot"};
@@ -199,12 +202,22 @@ void bench_forget_arena(struct bench *b)
     b->config.arena_fd = memory_file(BENCH_ARENA);
 }
 
+void bench_add_spill(struct bench *b, uint64_t bytes)
+{
+    bench_forget_arena(b);
+    set_file(&b->disk, DISK_SPILL, core_spill_file_bytes(bytes));
+    b->config.spill_fd = b->disk.fd[DISK_SPILL];
+    b->config.spill_bytes = bytes;
+}
+
 void bench_end(struct bench *b)
 {
     if (b->group)
         bench_kill(b);
     close(b->config.arena_fd);
-    for (uint32_t i = 0; i < b->disk.files; i++) {
+    for (uint32_t i = 0; i < FILES_MAX; i++) {
+        if (!b->disk.file[i])
+            continue;
         munmap(b->disk.file[i], b->disk.bytes[i]);
         close(b->disk.fd[i]);
     }

@@ -41,7 +41,7 @@ int memory_file(uint64_t bytes);
 
 /* ---- A disk in memory ---------------------------------------------------------------------- */
 
-#define FILES_MAX 4u
+#define FILES_MAX (DISK_SPILL + 1u)
 
 struct memory_disk {
     struct disk disk;
@@ -59,6 +59,7 @@ struct memory_disk {
 
 #define BENCH_DISKS 2u
 #define BENCH_ARENA (16u << 20)
+#define BENCH_SPILL_MAX (32u << 20)
 #define BENCH_EVENTS 4096u
 
 struct bench {
@@ -75,6 +76,8 @@ struct bench {
 void bench_start(struct bench *b, uint64_t size0, uint64_t size1, int compress_level);
 /* Opens what is there; what group_open() returned. */
 int bench_open(struct bench *b);
+/* While closed: from now on with a spill file of so many bytes, and a new arena. */
+void bench_add_spill(struct bench *b, uint64_t bytes);
 /* As a kill does: the arena stays. */
 void bench_kill(struct bench *b);
 /* As a power cut does, while closed: the arena is new. */

@@ -13,7 +13,7 @@ static int attach(struct arena *a, int fd, const uint8_t *g, const uint8_t *b, b
                   char *text)
 {
     *text = '\0';
-    return arena_attach(a, fd, BYTES, g, b, fresh, text);
+    return arena_attach(a, fd, BYTES, -1, 0, g, b, fresh, text);
 }
 
 /* A fresh arena, its magic set as recovery does at its end. */
@@ -108,7 +108,7 @@ static void an_arena_of_somebody_else_is_refused(void **state)
     refused(fd, other_group, boot, "another consistency group");
     refused(fd, group, other_boot, "another boot");
     h->version++;
-    refused(fd, group, boot, "layout version 3");
+    refused(fd, group, boot, "layout version 4");
     h->version--;
     h->segment_bytes *= 2;
     refused(fd, group, boot, "layout version");
@@ -133,7 +133,7 @@ static void an_arena_of_another_size_is_refused(void **state)
 
     (void)state;
     arena_detach(&a);
-    assert_int_equal(arena_attach(&a, fd, BYTES / 2, group, boot, &fresh, text), -EINVAL);
+    assert_int_equal(arena_attach(&a, fd, BYTES / 2, -1, 0, group, boot, &fresh, text), -EINVAL);
     assert_non_null(strstr(text, "does not fit its size"));
     close(fd);
 }

@@ -235,6 +235,43 @@ static void members_live_on_their_own(void **state)
     }
 }
 
+static const struct frame_header *some_cluster(const struct arena *a)
+{
+    for (uint32_t i = 0; i < a->segments; i++) {
+        uint32_t offset = 0;
+        const struct frame_header *h;
+
+        while (a->desc[i].state != SEGMENT_FREE &&
+               (h = arena_frame_next(a, i, arena_tail(a, i), &offset)))
+            if (h->kind == FRAME_CLUSTER)
+                return h;
+    }
+    fail_msg("no cluster");
+    return NULL;
+}
+
+/* An expander that keeps nothing must not take that for the first frame of a restart's arena. */
+static void the_first_frame_may_be_a_cluster(void **state)
+{
+    struct bench *b = *state;
+    const struct frame_header *h;
+    uint8_t out[BLOCK_BYTES];
+    struct arena *a;
+
+    for (uint64_t i = 0; i < SEGMENT_FRAMES_MIN; i++)
+        write_text(b, i, 0);
+    seal_and_pack(b);
+    bench_kill(b);
+    assert_int_equal(bench_open(b), 0);
+    a = &b->group->arena;
+    h = some_cluster(a);
+    memmove(arena_frame(a, 0), h, frame_bytes(h->payload_bytes));
+    h = arena_frame(a, 0);
+    assert_int_equal(frame_expand(&b->group->expand, a, 0, h->block, MASK_FULL, out), 0);
+    fill_text(block_data, h->block, 0);
+    assert_memory_equal(out, block_data, sizeof(out));
+}
+
 /* Clusters of which most is dead lose it when memory is short. */
 static void worn_clusters_are_cut_down(void **state)
 {
@@ -426,6 +463,7 @@ int main(void)
         CASE(neighbours_become_clusters),
         CASE(lone_blocks_do_not),
         CASE(members_live_on_their_own),
+        CASE(the_first_frame_may_be_a_cluster),
         CASE(worn_clusters_are_cut_down),
         CASE(what_does_not_shrink_is_hardly_tried),
         CASE(the_level_follows_room_and_time),

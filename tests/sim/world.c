@@ -18,8 +18,6 @@ const char *const crash_names[CRASH_KINDS] = {"power cut", "agent killed",
                                               "agent killed and arena removed",
                                               "agent killed in its first recovery"};
 
-uint32_t span_faults; /* of memory.c, which is about guests' memory */
-
 /* ---- Failures --------------------------------------------------------------------------- */
 
 void sim_fail(struct world *w, const char *format, ...)
