@@ -25,6 +25,7 @@ class _Lib:
     CORE_SEG_MAX: int
     CORE_DISCARD_SECTORS_MAX: int
     CORE_ARENA_BYTES_MIN: int
+    CORE_INDEX_BYTES_MIN: int
     CORE_TEXT_MAX: int
     CORE_NAME_MAX: int
     CORE_SERIAL_BYTES: int

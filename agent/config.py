@@ -51,7 +51,7 @@ class DiskConfig:
 @dataclass(frozen=True)
 class Config:
     """A consistency group. `journal_bytes` None: twice the arena, and the spill file;
-    `spill_bytes` 0: a full arena holds the guest."""
+    `spill_bytes` 0: a full arena holds the guest; `index_bytes` None: a quarter of the arena."""
 
     name: str
     disks: tuple[DiskConfig, ...]
@@ -59,6 +59,7 @@ class Config:
     control: Path
     arena_bytes: int
     spill_bytes: int
+    index_bytes: int | None
     journal_bytes: int | None
     compress_level: int
     spin_us: int
@@ -153,6 +154,13 @@ def _on_full(value: object) -> str:
     return str(value)
 
 
+def _index_size(value: object) -> int:
+    size = parse_size(value)
+    if size < core.INDEX_BYTES_MIN:
+        raise ValueError(f"{size} bytes are less than the smallest index, {core.INDEX_BYTES_MIN}")
+    return size
+
+
 GROUP_KEYS: dict[str, Callable[[object], Any]] = {
     "name": _name,
     "state-dir": _string,
@@ -160,6 +168,7 @@ GROUP_KEYS: dict[str, Callable[[object], Any]] = {
     "arena-size": _arena_size,
     "on-full": _on_full,
     "spill-size": _spill_size,
+    "index-size": _index_size,
     "journal-size": parse_size,
     "compress-level": _between(0, COMPRESS_LEVEL_MAX),
     "spin-us": _between(0, SPIN_US_MAX),
@@ -272,10 +281,11 @@ def _option_type(check: Callable[[object], Any]) -> Callable[[str], Any]:
 _EPILOG = """\
 Sizes are bytes or a number with K, M, G or T (powers of 1024).
 
-The configuration file is TOML: the keys state-dir, control, arena-size, journal-size,
-on-full (hold or spill, default hold), spill-size, compress-level (0 to 19, default 1; 0: off),
-spin-us (default 30) and name, and one [[disk]] table a disk with image, socket, name, read-only
-and serial. Flags win over the file; paths in the file are relative to its folder.
+The configuration file is TOML: the keys state-dir, control, arena-size, index-size,
+journal-size, on-full (hold or spill, default hold), spill-size, compress-level (0 to 19,
+default 1; 0: off), spin-us (default 30) and name, and one [[disk]] table a disk with image,
+socket, name, read-only and serial. Flags win over the file; paths in the file are relative to
+its folder.
 
 Files: STATE-DIR/NAME.epochd-journal holds the group's identity and its committed epochs,
 /dev/shm/epochd-ID its uncommitted ones, and with --on-full spill STATE-DIR/NAME.epochd-spill
@@ -319,6 +329,9 @@ def build_parser() -> argparse.ArgumentParser:
         "(spill)")
     add("--spill-size", metavar="SIZE", type=_option_type(_spill_size),
         help="size of that file, allocated at start (default: twice the arena)")
+    add("--index-size", metavar="SIZE", type=_option_type(_index_size),
+        help="limit of the private memory that tells where blocks are (default: a quarter of the "
+        "arena)")
     add("--journal-size", metavar="SIZE", type=_option_type(parse_size),
         help="size of the journal file when it is created (default: twice the arena, "
         "and the spill file)")
@@ -377,7 +390,8 @@ def _assemble(options: argparse.Namespace) -> Config:
         raise UsageError("no disk: give --blk-file and --socket-path, or --config with [[disk]]")
     if len(disks) > core.DISKS_MAX:
         raise ConfigError(where, "disk", f"{len(disks)} disks; at most {core.DISKS_MAX}")
-    for key in ("arena-size", "on-full", "spill-size", "journal-size", "compress-level"):
+    for key in ("arena-size", "index-size", "on-full", "spill-size", "journal-size",
+                "compress-level"):
         if (value := getattr(options, key.replace("-", "_"))) is not None:
             group[key] = value
     for key in ("state-dir", "control"):
@@ -393,6 +407,7 @@ def _assemble(options: argparse.Namespace) -> Config:
         control=group.get("control") or state_dir / f"{name}.control",
         arena_bytes=arena_bytes,
         spill_bytes=_spill_bytes(where, group, arena_bytes),
+        index_bytes=group.get("index-size"),
         journal_bytes=group.get("journal-size"),
         compress_level=group.get("compress-level", DEFAULT_COMPRESS_LEVEL),
         spin_us=group.get("spin-us", DEFAULT_SPIN_US),

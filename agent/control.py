@@ -136,6 +136,10 @@ class Control:
                 "name": self._group.arena.name,
             },
             "spill": self._spill(status),
+            "index": {
+                "size": status.index_size,
+                "used": status.index_used,
+            },
             "journal": {
                 "size": status.journal_size,
                 "used": status.journal_used,

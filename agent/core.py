@@ -35,6 +35,7 @@ EPOCHS_MAX: int = lib.CORE_EPOCHS_MAX
 SEG_MAX: int = lib.CORE_SEG_MAX
 DISCARD_SECTORS_MAX: int = lib.CORE_DISCARD_SECTORS_MAX
 ARENA_BYTES_MIN: int = lib.CORE_ARENA_BYTES_MIN
+INDEX_BYTES_MIN: int = lib.CORE_INDEX_BYTES_MIN
 NAME_BYTES_MAX: int = lib.CORE_NAME_MAX - 1
 SERIAL_BYTES_MAX: int = lib.CORE_SERIAL_BYTES
 NO_DISK: int = lib.CORE_NO_DISK
@@ -111,6 +112,8 @@ class Status:
     spill_fault: int
     journal_size: int
     journal_used: int
+    index_size: int
+    index_used: int
     index_bytes: int
     logical_bytes: int
     stored_bytes: int
@@ -231,7 +234,7 @@ class DiskSetup:
 
 @dataclass(frozen=True)
 class GroupSetup:
-    """core_config: everything that core_open() needs."""
+    """core_config: everything that core_open() needs. `index_bytes` 0: by the arena's size."""
 
     disks: Sequence[DiskSetup]
     workers: int
@@ -240,6 +243,7 @@ class GroupSetup:
     journal_fua: bool
     arena_fd: int
     arena_bytes: int
+    index_bytes: int
     compress_level: int
     spin_us: int
     boot_id: bytes
@@ -289,8 +293,8 @@ def _text_buffer() -> Any:
 def _c_config(setup: GroupSetup) -> Any:
     config = ffi.new("core_config *")
     config.disks = len(setup.disks)
-    for name in ("workers", "journal_fd", "arena_fd", "arena_bytes", "compress_level", "spin_us",
-                 "spill_fd", "spill_bytes", "spill_closed"):
+    for name in ("workers", "journal_fd", "arena_fd", "arena_bytes", "index_bytes",
+                 "compress_level", "spin_us", "spill_fd", "spill_bytes", "spill_closed"):
         setattr(config, name, getattr(setup, name))
     config.journal_direct = setup.journal_direct
     config.journal_fua = setup.journal_fua

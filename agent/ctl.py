@@ -52,7 +52,7 @@ def _rows(rows: Sequence[tuple[str, object]]) -> str:
 
 def show_status(status: Json) -> str:
     """query-status for a person."""
-    arena, journal = status["arena"], status["journal"]
+    arena, index, journal = status["arena"], status["index"], status["journal"]
     ratio = ""
     if status["stored-bytes"]:
         ratio = f" ({status['logical-bytes'] / status['stored-bytes']:.2f} : 1)"
@@ -65,13 +65,14 @@ def show_status(status: Json) -> str:
         ("applied", status["applied"]),
         ("arena", f"{_bytes(arena['used'])} of {_bytes(arena['size'])} "
                   f"({arena['percent']} %), /dev/shm{arena['name']}"),
+        ("index", f"{_bytes(index['used'])} of {_bytes(index['size'])}"),
         ("contents", f"{_bytes(status['logical-bytes'])} written, "
                      f"{_bytes(status['stored-bytes'])} stored{ratio}"),
         ("journal", f"{_bytes(journal['used'])} of {_bytes(journal['size'])}, {journal['path']}"),
         ("front ends", f"{status['clients']} of {status['disks']}"),
     ]
     if status["held"]:
-        rows.append(("held", f"{status['held']} writes wait for room in the arena"))
+        rows.append(("held", f"{status['held']} writes wait for room in arena or index"))
     if status["error"]:
         rows.append(("error", status["error"]))
     return _rows(rows)

@@ -252,7 +252,7 @@ class Daemon:
         elif event.type == kind.SPILL:
             log.info("the spill file is empty again")
         elif event.type == kind.PRESSURE and event.first:
-            log.warning("the arena is full (%d %%): writes wait for a commit or discard",
+            log.warning("arena or index is full (%d %%): writes wait for a commit or discard",
                         event.value)
         if (message := control.event_message(event, self._disk_names)) is not None:
             self._emit(*message)

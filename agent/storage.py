@@ -504,6 +504,7 @@ def _setup(config: Config, images: list[Image], journal: Journal) -> core.GroupS
         journal_fua=forced_unit_access(journal.fd),
         arena_fd=-1,
         arena_bytes=config.arena_bytes,
+        index_bytes=config.index_bytes or 0,
         compress_level=config.compress_level,
         spin_us=config.spin_us,
         boot_id=uuid.UUID(BOOT_ID.read_text(encoding="ascii").strip()).bytes,

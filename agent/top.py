@@ -108,6 +108,7 @@ def report(view: View, before: Snapshot, now: Snapshot, traces: int = 0) -> Json
         **{name: state[name] for name in ("generation", "open", "committed", "applied", "epochs")},
         "arena": {"size": state["arena_bytes"], "used": state["arena_used"],
                   "percent": state["arena_percent"]},
+        "index": {"size": state["index_size"], "used": state["index_used"]},
         "journal": {"size": state["journal_bytes"], "used": state["journal_used"]},
         **{_dash(name): state[name] for name in ("logical_bytes", "stored_bytes", "index_bytes")},
         "error": state["error"],
@@ -284,8 +285,8 @@ def show(now: Json) -> RenderableType:
         ratio = (f", {_size(now['logical-bytes'])} in blocks, "
                  f"{now['logical-bytes'] / now['stored-bytes']:.2f} : 1")
     parts: list[RenderableType] = [
-        _head(now), _bar("arena", now["arena"], ratio), _bar("journal", now["journal"], ""),
-        Text(), _disks(now), Text(), _stages(now),
+        _head(now), _bar("arena", now["arena"], ratio), _bar("index", now["index"], ""),
+        _bar("journal", now["journal"], ""), Text(), _disks(now), Text(), _stages(now),
     ]
     if now.get("traces"):
         parts += [Text(), _traces(now)]

@@ -73,25 +73,31 @@ static void zero_done(struct disk_op *op, int64_t result)
         a->group->stats.image_bytes += a->zero_bytes;
 }
 
+static void sort_begin(struct apply *a, uint64_t from)
+{
+    a->phase = APPLY_SORT;
+    a->sorted = false;
+    a->from = from;
+}
+
 /* One piece of the current range at a time: fallocate is cheap, its fallback is rare. */
 static bool zero_step(struct group *g)
 {
     struct apply *a = &g->apply;
-    const struct index_range *r;
+    const struct range_extent *r = &a->range;
     uint64_t bytes;
 
     if (a->busy && !mutant(MUTANT_ZEROES_UNORDERED))
         return false;
-    if (a->range == a->epoch->index.ranges || a->error) {
-        a->phase = APPLY_SORT;
-        a->sorted = false;
-        return true;
-    }
-    r = &a->epoch->index.range[a->range];
-    if (a->range_done == r->end - r->first) {
-        a->range++;
+    if (a->range_done == r->end - r->first && !a->error) {
         a->range_done = 0;
         a->zero_by_writes = false;
+        if (ranges_next(&a->epoch->index.ranges, &a->range))
+            return true;
+        a->range = (struct range_extent){0};
+    }
+    if (r->end == 0 || a->error) {
+        sort_begin(a, 0);
         return true;
     }
     bytes = (r->end - r->first - a->range_done) * BLOCK_BYTES;
@@ -112,15 +118,26 @@ static bool zero_step(struct group *g)
 
 /* ---- Sorting --------------------------------------------------------------------------- */
 
+static uint64_t place(const struct index_slot *s)
+{
+    return (uint64_t)s->disk << 48 | index_slot_block(s);
+}
+
 static int by_place(const void *a, const void *b)
 {
-    const struct index_slot *x = a, *y = b;
-    uint64_t p = (uint64_t)x->disk << 48 | index_slot_block(x);
-    uint64_t q = (uint64_t)y->disk << 48 | index_slot_block(y);
+    uint64_t p = place(a), q = place(b);
 
     return p < q ? -1 : p > q;
 }
 
+static void sort_entries(struct apply *a)
+{
+    if (a->entries > 1)
+        qsort(a->entry, a->entries, sizeof(*a->entry), by_place);
+}
+
+/* The first blocks from `from` on, as many as there is room for: when it is full, the second half
+ * is left for the next piece. */
 static void sort_run(struct job *job, struct worker *w)
 {
     struct apply *a = job->owner;
@@ -130,10 +147,19 @@ static void sort_run(struct job *job, struct worker *w)
 
     (void)w;
     a->entries = 0;
-    while ((s = index_next(x, &at)))
-        a->entry[a->entries++] = *s;
-    if (a->entries > 1)
-        qsort(a->entry, a->entries, sizeof(*a->entry), by_place);
+    a->rest = UINT64_MAX;
+    while ((s = index_next(x, &at))) {
+        if (place(s) < a->from || place(s) >= a->rest)
+            continue;
+        if (a->entries == a->entries_max) {
+            sort_entries(a);
+            a->entries /= 2;
+            a->rest = place(&a->entry[a->entries]);
+        }
+        if (place(s) < a->rest)
+            a->entry[a->entries++] = *s;
+    }
+    sort_entries(a);
 }
 
 static void sort_done(struct job *job)
@@ -147,6 +173,7 @@ static void sort_done(struct job *job)
 static bool sort_step(struct group *g)
 {
     struct apply *a = &g->apply;
+    uint64_t wanted;
 
     if (a->busy)
         return false;
@@ -157,10 +184,11 @@ static bool sort_step(struct group *g)
             a->entries = 0;
         return true;
     }
-    if (a->entries_max < a->epoch->index.used) {
+    wanted = a->epoch->index.used < APPLY_PIECE_BLOCKS ? a->epoch->index.used : APPLY_PIECE_BLOCKS;
+    if (a->entries_max < wanted) {
         free(a->entry);
-        a->entry = malloc(a->epoch->index.used * sizeof(*a->entry));
-        a->entries_max = a->entry ? a->epoch->index.used : 0;
+        a->entry = malloc(wanted * sizeof(*a->entry));
+        a->entries_max = a->entry ? wanted : 0;
         if (!a->entry) {
             fail(a, CORE_NO_DISK, -ENOMEM);
             return true;
@@ -352,7 +380,7 @@ static void begin_epoch(struct apply *a, struct epoch *e)
 {
     a->epoch = e;
     a->phase = APPLY_JOBS;
-    a->range = 0;
+    a->range = (struct range_extent){0};
     a->range_done = 0;
     a->zero_by_writes = false;
 }
@@ -500,6 +528,10 @@ bool apply_step(struct group *g)
                 return true;
         if (a->next < a->entries && !a->error)
             return true;
+        if (a->rest != UINT64_MAX && !a->error) {
+            sort_begin(a, a->rest);
+            return true;
+        }
         next = next_epoch(g, a->epoch->id, a->last);
         if (a->error)
             give_up(g);

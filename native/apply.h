@@ -1,7 +1,8 @@
 /* apply.h - committed epochs into the images, behind everybody's back.
  *
  * Oldest record first, its epochs one after the other: zero ranges, then the blocks, sorted
- * by disk and place, neighbours as one write. Helpers sort, and expand frames into staging
+ * by disk and place, neighbours as one write. Memory does not grow with the epoch: the index is
+ * walked once for each piece of it. Helpers sort, and expand frames into staging
  * buffers; the reactor writes these. Then fdatasync of the images, then the superblock moves
  * the journal's head, then the epochs are freed. Doing any of it twice is harmless.
  *
@@ -27,6 +28,9 @@ struct epoch;
 #define APPLY_BATCH_BLOCKS 256u   /* blocks of one staging buffer: writes up to 1 MiB */
 #endif
 #define APPLY_BATCHES 4u          /* in flight */
+#ifndef APPLY_PIECE_BLOCKS
+#define APPLY_PIECE_BLOCKS 524288u /* sorted at once: 6 MiB; more come in pieces */
+#endif
 #define APPLY_ZERO_BYTES (1ull << 30) /* of one fallocate */
 #define APPLY_WRITES_MAX (APPLY_BATCH_BLOCKS * 4) /* a block has at most 4 runs of sectors */
 
@@ -62,10 +66,11 @@ struct apply {
     bool sorted;
     struct epoch *epoch;         /* the one in hand */
     uint64_t last;               /* of the record */
-    struct index_slot *entry;    /* sorted */
+    struct index_slot *entry;    /* sorted: a piece of the epoch's blocks */
     uint64_t entries, entries_max;
     uint64_t next;               /* first entry not yet in a batch */
-    uint32_t range;              /* next zero range */
+    uint64_t from, rest;         /* place of the piece, and of the one behind it */
+    struct range_extent range;   /* of zeroes, in hand */
     uint64_t range_done;         /* blocks of it */
     uint32_t busy;               /* zero or sync operations in flight */
     struct apply_write zero;     /* the zero operation in flight */

@@ -30,7 +30,7 @@
 typedef uint32_t arena_loc;
 
 /* Which of a segment's bytes still count. Private: recounted at each start. A frame that
- * covers several blocks counts once for each slot, a zero range once and for ever. */
+ * covers several blocks counts once for each slot or range of the index that points to it. */
 struct segment_use {
     uint32_t slots;         /* index slots that were pointed into it */
     uint32_t dead;          /* of those, how many point elsewhere by now */

@@ -11,7 +11,7 @@
 #include "group.h"
 #include "mutant.h"
 
-#define ACTIVE_COMMIT_PERCENT 50u /* arena use at which active mode commits by itself */
+#define ACTIVE_COMMIT_PERCENT 50u /* of arena or index: active mode commits by itself */
 
 typedef unsigned long long ull;
 
@@ -479,7 +479,7 @@ static bool commit_by_itself(struct group *g, bool stopping)
 
     if (g->mode != CORE_ACTIVE || c->committing || g->now_ns < c->retry_ns)
         return false;
-    if (!c->waiters && !stopping && group_pressure_percent(g) < ACTIVE_COMMIT_PERCENT)
+    if (!c->waiters && !stopping && group_limit_percent(g) < ACTIVE_COMMIT_PERCENT)
         return false;
     if (!epoch_empty(epoch_open(g))) {
         if (live_after_seal(g) >= CORE_EPOCHS_MAX || !id_ready(g) || seal(g))

@@ -9,7 +9,7 @@ static void copy_plain(uint8_t *to, const struct frame_header *header, const uin
     memcpy(to + sizeof(*header), from, BLOCK_BYTES);
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EPOCHD_PLAIN_COPY)
 #include <immintrin.h>
 
 _Static_assert(FRAME_ALIGN == sizeof(__m256i), "a streaming store wants this alignment");

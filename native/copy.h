@@ -5,7 +5,8 @@
  * half of what a 4 KiB write costs. Streaming stores do not, but they also do not wait their
  * turn: copy_fence() comes before the store that shows the data to anybody else.
  *
- * Any thread. Plain memcpy() where the processor has no AVX2.
+ * Any thread. Plain memcpy() where the processor has no AVX2, and in builds with
+ * EPOCHD_PLAIN_COPY: the fuzz targets change guest memory in the middle of a memcpy().
  */
 #ifndef EPOCHD_COPY_H
 #define EPOCHD_COPY_H

@@ -205,6 +205,8 @@ static int check_config(const core_config *config, char *text)
         wrong = "the arena has 8 MiB to 128 GiB";
     else if (config->spill_bytes > (128ull << 30) - config->arena_bytes)
         wrong = "arena and spill file have at most 128 GiB together";
+    else if (config->index_bytes > 0 && config->index_bytes < CORE_INDEX_BYTES_MIN)
+        wrong = "the index has 2 MiB at least";
     for (uint32_t i = 0; i < config->disks && !wrong; i++) {
         const core_disk_config *d = &config->disk[i];
 

@@ -33,6 +33,8 @@
 #define CORE_REQUEST_BYTES_MAX 67108864 /* data of a read or write; writes: half the arena too */
 #define CORE_DISCARD_SECTORS_MAX 4194304 /* sectors a DISCARD or WRITE_ZEROES: 2 GiB */
 #define CORE_ARENA_BYTES_MIN 8388608
+#define CORE_INDEX_BYTES_MIN 2097152 /* the largest write has room */
+#define CORE_INDEX_SHARE 4      /* by default: one part in so many of the arena's bytes */
 #define CORE_TEXT_MAX 256
 #define CORE_ERROR_MAX 1040     /* four sentences */
 #define CORE_NAME_MAX 32        /* disk name, NUL included */
@@ -65,6 +67,7 @@ typedef struct {
     int spill_fd;                 /* O_RDWR; where epochs go on when the arena is full */
     int spill_closed;             /* only for what it holds already: it takes nothing more */
     uint64_t spill_bytes;         /* of segments in it; 0: there is no spill file */
+    uint64_t index_bytes;         /* limit of the block index's memory; 0: by arena_bytes */
     uint32_t spin_us;             /* polling after the last work, before sleeping */
     uint8_t boot_id[16];          /* the kernel's: an arena of another boot is refused */
     core_disk_config disk[CORE_DISKS_MAX];
@@ -102,10 +105,12 @@ typedef struct {
     uint64_t spill_size, spill_used;     /* the same, in the spill file; 0, 0: none */
     uint32_t spill_fault;         /* errno: why it takes nothing more until a restart; 0 */
     uint64_t journal_size, journal_used; /* bytes */
+    uint64_t index_size;          /* limit of the block index's private memory */
+    uint64_t index_used;          /* of it, with what it may need at once to grow */
     uint64_t index_bytes;         /* private memory of the block index */
     uint64_t logical_bytes;       /* guest bytes that the arena's frames stand for */
     uint64_t stored_bytes;        /* bytes of frames in the arena */
-    uint64_t held_requests;       /* writes waiting for room in the arena now */
+    uint64_t held_requests;       /* writes waiting for room in arena or index */
     uint32_t pressure;            /* arena use in percent */
     uint32_t direct_journal;      /* 1: O_DIRECT */
     uint64_t commits, applies, discards, seals;        /* since start */
@@ -156,7 +161,8 @@ enum core_event_type {
     CORE_EVENT_COMMITTED,     /* value: newest epoch committed */
     CORE_EVENT_APPLIED,       /* value: newest epoch applied */
     CORE_EVENT_DISCARDED,     /* first..last: epochs dropped, value: newest committed */
-    CORE_EVENT_PRESSURE,      /* value: arena use in percent, first: 1 when writes are held */
+    CORE_EVENT_PRESSURE,      /* value: use in percent of arena or index, whichever is
+                                 more; first: 1 when writes are held */
     CORE_EVENT_SPILL,         /* value: bytes in the spill file, first: 1 when it begins to be
                                  used, 0 when it is empty again */
     CORE_EVENT_IO_ERROR,      /* result: -errno, text: what failed, disk or CORE_NO_DISK */

@@ -2,6 +2,7 @@
 #include "epoch.h"
 
 #include <errno.h>
+#include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -69,6 +70,7 @@ struct epoch *epoch_create(struct group *g, uint64_t id)
         return NULL;
     e->id = id;
     e->state = CORE_EPOCH_OPEN;
+    index_init(&e->index, &g->index_memory);
     e->raw.segment = SEGMENT_NONE;
     e->packed.segment = SEGMENT_NONE;
     segment_list_init(&e->raw_list);
@@ -81,16 +83,25 @@ struct epoch *epoch_create(struct group *g, uint64_t id)
     return e;
 }
 
+/* An index that the start has made lies in the heap of the thread that started, below what others
+ * took since: without being asked, malloc would keep it. Takes a millisecond, once a start. */
+#define TRIM_BYTES 1048576u
+
 static void destroy(struct group *g, struct epoch *e)
 {
+    bool trim;
+
     segment_list_free(&g->arena, &e->raw_list);
     segment_list_free(&g->arena, &e->kept_list);
     segment_list_free(&g->arena, &e->worn_list);
     segment_list_free(&g->arena, &e->spill_list);
     segment_list_free(&g->arena, &e->spill_worn_list);
     pack_look(g);
+    trim = e->adopted && index_bytes(&e->index) >= TRIM_BYTES;
     index_free(&e->index);
     free(e);
+    if (trim)
+        malloc_trim(0);
 }
 
 void epoch_drop(struct group *g, struct epoch *e)
@@ -149,14 +160,14 @@ void epoch_fetch(const struct group *g, uint32_t disk, uint64_t block)
 
 bool epoch_room(const struct group *g, uint64_t blocks)
 {
-    const struct arena_cursor *at = &epoch_open(g)->raw;
-    uint64_t here = 0, segments;
+    const struct epoch *e = g->epoch[g->epochs - 1];
+    uint64_t here = e->raw.segment != SEGMENT_NONE ? SEGMENT_BYTES - e->raw.tail : 0, segments;
 
-    if (at->segment != SEGMENT_NONE)
-        here = (SEGMENT_BYTES - at->tail) / FRAME_BYTES_MAX;
-    if (likely(blocks <= here))
+    if (unlikely(!index_room(&e->index, blocks)))
+        return false;
+    if (likely(blocks * FRAME_BYTES_MAX <= here))
         return true;
-    segments = (blocks - here + SEGMENT_FRAMES_MIN - 1) / SEGMENT_FRAMES_MIN;
+    segments = (blocks - here / FRAME_BYTES_MAX + SEGMENT_FRAMES_MIN - 1) / SEGMENT_FRAMES_MIN;
     return g->arena.free_count >= segments + GROUP_RESERVED_SEGMENTS;
 }
 
@@ -260,12 +271,31 @@ static void slot_emptied(void *owner, const struct index_slot *s)
     slot_dies(m->g, m->e, s->loc);
 }
 
-int epoch_put_range(struct group *g, struct epoch *e, uint32_t disk, uint64_t first, uint64_t end,
-                    uint32_t flags)
+/* A frame counts once for each of its ranges. */
+static void range_changed(void *owner, arena_loc loc, bool gone)
 {
-    struct emptying m = {.g = g, .e = e};
+    struct emptying *m = owner;
+    struct segment_use *u = &m->g->arena.use[arena_loc_segment(loc)];
 
-    return index_put_range(&e->index, disk, first, end, flags, slot_emptied, &m);
+    if (gone) {
+        slot_dies(m->g, m->e, loc);
+        return;
+    }
+    if (u->worn_at == u->slots && u->slots > 1)
+        u->worn_at++; /* on the worn list until all is dead */
+    u->slots++;
+}
+
+int epoch_put_range(struct group *g, struct epoch *e, uint32_t disk, uint64_t first, uint64_t end,
+                    uint32_t flags, arena_loc loc)
+{
+    static const struct index_watch watch = {.emptied = slot_emptied, .changed = range_changed};
+    struct emptying m = {.g = g, .e = e};
+    int error = index_put_range(&e->index, disk, first, end, flags, loc, &watch, &m);
+
+    if (!error)
+        g->arena.use[arena_loc_segment(loc)].slots++;
+    return error;
 }
 
 /* All zero? Data rarely is, and then its first bytes tell. */
@@ -427,36 +457,34 @@ int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cur
     return 0;
 }
 
-/* Whole blocks become zero: one frame; a slot each when few, one range when many. */
+/* Whole blocks become zero: one frame; a slot for one, a range for more. */
 static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
                        uint64_t blocks, uint32_t flags)
 {
+    struct index_slot *s = NULL;
     struct frame_header *at;
     arena_loc loc;
     int error;
 
-    if (blocks > ZERO_SLOTS_MAX) {
-        error = epoch_put_range(g, e, disk, block, block + blocks, flags);
+    if (blocks == 1) {
+        s = index_slot(&e->index, disk, block, g->expected_blocks);
+        if (!s)
+            return -ENOMEM;
+    }
+    at = begin(g, e, 0);
+    if (blocks > 1) {
+        loc = arena_loc_of(e->raw.segment, e->raw.tail);
+        error = epoch_put_range(g, e, disk, block, block + blocks, flags, loc);
         if (error)
             return error;
     }
-    at = begin(g, e, 0);
     *at = (struct frame_header){.kind = FRAME_ZERO, .seq = g->seq++, .block = block,
                                 .blocks = (uint32_t)blocks, .disk = (uint8_t)disk,
                                 .mask = MASK_FULL, .flags = (uint8_t)flags};
     loc = end(g, e, at);
     g->stats.zero_frames++;
-    if (blocks > ZERO_SLOTS_MAX) {
-        g->arena.use[arena_loc_segment(loc)].slots++; /* never dies */
-        return 0;
-    }
-    for (uint64_t i = 0; i < blocks; i++) {
-        struct index_slot *s = index_slot(&e->index, disk, block + i, g->expected_blocks);
-
-        if (!s)
-            return -ENOMEM;
+    if (s)
         repoint(g, e, s, loc, MASK_FULL);
-    }
     return 0;
 }
 

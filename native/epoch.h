@@ -6,8 +6,9 @@
  * Owner: the reactor thread. Epochs are kept oldest first; the last one is open. A helper
  * job pins its epoch (`jobs`); an epoch dropped meanwhile goes with its last job.
  * Errors: -ENOMEM (index), -EIO (a frame that does not expand), -EFAULT (guest memory vanished
- * under the copy). Running out of arena is not
- * an error: ask epoch_room() first, then the write cannot run out.
+ * under the copy). Running out of arena, or of
+ * memory that the index may take, is not an error: ask epoch_room() first, then the write
+ * cannot run out.
  */
 #ifndef EPOCHD_EPOCH_H
 #define EPOCHD_EPOCH_H
@@ -45,11 +46,6 @@ struct epoch {
     bool dropped;
 };
 
-/* A run of at most this many zero blocks gets a slot a block; a longer one is a range. */
-#ifndef ZERO_SLOTS_MAX /* the simulator has fewer, see tests/sim */
-#define ZERO_SLOTS_MAX 64u
-#endif
-
 void segment_list_init(struct segment_list *l);
 void segment_list_append(struct arena *a, struct segment_list *l, uint32_t segment);
 uint32_t segment_list_pop(struct arena *a, struct segment_list *l);
@@ -86,7 +82,7 @@ void epoch_batch_begin(struct group *g);
 void epoch_batch_publish(struct group *g);
 void epoch_batch_end(struct group *g);
 
-/* Is there room in the arena for a request that touches `blocks` blocks? */
+/* Is there room in arena and index for a request that touches `blocks` blocks? */
 bool epoch_room(const struct group *g, uint64_t blocks);
 /* The free segments with which there surely is. */
 uint32_t epoch_room_segments(uint64_t blocks);
@@ -94,9 +90,9 @@ uint32_t epoch_room_segments(uint64_t blocks);
 /* One guest write into the open epoch: bytes (a multiple of 512) from the cursor. */
 int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cursor *from,
                 uint64_t bytes);
-/* Sectors become zero; flags: FRAME_UNMAP or 0. Blocks touched, for epoch_room(): 80. */
+/* Sectors become zero; flags: FRAME_UNMAP or 0. For epoch_room() that is so many blocks. */
 int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors, uint32_t flags);
-#define EPOCH_ZERO_ROOM 80u
+#define EPOCH_ZERO_ROOM 3u
 
 /* What the guest sees of one block, without the image: looks for the sectors in `want`,
  * newest epoch first. Returns the sectors found, or -EIO. They are in `out` (BLOCK_BYTES,
@@ -107,10 +103,11 @@ int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uin
 /* For recovery (reindex.c): enters frames that already lie in the epoch's segments, in seq
  * order. -EILSEQ: bytes that are no frame, or of no disk, or of another epoch's time. */
 int epoch_reindex(struct group *g, struct epoch *e);
-/* Points the block's slot at a newer frame, or makes blocks a zero range; counts what dies. */
+/* Points the block's slot at a newer frame, or makes blocks a zero range of that frame; counts
+ * what dies. */
 void epoch_point(struct group *g, struct epoch *e, struct index_slot *s, arena_loc loc,
                  uint8_t mask);
 int epoch_put_range(struct group *g, struct epoch *e, uint32_t disk, uint64_t first, uint64_t end,
-                    uint32_t flags);
+                    uint32_t flags, arena_loc loc);
 
 #endif

@@ -246,7 +246,7 @@ static inline uint32_t record_header_bytes(uint32_t segments)
  * are since the agent's start. Python reads these structs through cffi (build_ffi.py). */
 /* cdef-begin */
 #define METRICS_MAGIC 0x31434952544d5045 /* "EPMTRIC1" */
-#define METRICS_VERSION 1
+#define METRICS_VERSION 2
 #define METRICS_SUB_BITS 4     /* buckets: 2^4 a power of two, so a value is known to 1/16 */
 #define METRICS_BUCKETS 592    /* values below 2^40 ns (18 minutes); longer ones in the last */
 #define METRICS_TRACES 4096
@@ -324,6 +324,7 @@ struct metrics_state {
                                   is in the histograms */
     uint64_t mode, generation, open, committed, applied, epochs;
     uint64_t arena_bytes, arena_used, arena_percent;
+    uint64_t index_size, index_used; /* limit of its memory; of it, with what it needs to grow */
     uint64_t journal_bytes, journal_used;
     uint64_t logical_bytes, stored_bytes, index_bytes; /* of the epochs alive */
     uint64_t seals, commits, applies, discards;

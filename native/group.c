@@ -27,6 +27,7 @@ void group_close(struct group *g)
     apply_free(g);
     pack_free(g);
     journal_free(&g->journal);
+    index_memory_free(&g->index_memory);
     arena_detach(&g->arena);
     expander_stop(&g->expand);
     free(g->scratch);
@@ -123,21 +124,30 @@ void group_io_error(struct group *g, enum group_trouble kind, uint32_t disk, int
 
 void group_hold(struct group *g, uint64_t blocks)
 {
+    bool by_index = !index_room(&epoch_open(g)->index, blocks);
+
     spill_hold(g, epoch_room_segments(blocks));
-    group_pressure(g, true);
+    /* If it is for a moment only, it is not told: the disk will make room. */
+    group_pressure(g, by_index || !spill_may_help(g));
+}
+
+uint32_t group_limit_percent(const struct group *g)
+{
+    uint64_t index = group_index_used(g) * 100 / (uint64_t)g->index_memory.limit;
+    uint32_t arena = group_pressure_percent(g);
+
+    return index > arena ? index > 100 ? 100 : (uint32_t)index : arena;
 }
 
 void group_pressure(struct group *g, bool held)
 {
     static const uint32_t marks[] = {50, 75, 90};
-    uint32_t percent = group_pressure_percent(g), mark = 0;
+    uint32_t percent = group_limit_percent(g), mark = 0;
     core_event event = {.type = CORE_EVENT_PRESSURE, .disk = CORE_NO_DISK};
 
     for (uint32_t i = 0; i < sizeof(marks) / sizeof(marks[0]); i++)
         if (percent >= marks[i])
             mark = marks[i];
-    if (held && spill_may_help(g))
-        held = false; /* for a moment only: the disk will make room */
     if (held)
         mark = 100;
     if (mark > g->pressure_told) {

@@ -43,6 +43,7 @@ struct group {
     core_config config;
     struct disk *disk;
     struct arena arena;
+    struct index_memory index_memory;
     struct epoch *epoch[CORE_EPOCHS_MAX]; /* oldest first; the last one is open */
     uint32_t epochs;
     uint32_t mode;              /* enum core_mode */
@@ -92,15 +93,26 @@ void group_io_works(struct group *g, enum group_trouble kind);
 
 /* A request that touches so many blocks waits for room. */
 void group_hold(struct group *g, uint64_t blocks);
-/* Compares arena use with the marks and tells about a new one. */
+/* Compares arena and index with the marks and tells about a new one. */
 void group_pressure(struct group *g, bool held);
 
+/* Of the arena: what packing can help against. */
 static inline uint32_t group_pressure_percent(const struct group *g)
 {
     const struct arena *a = &g->arena;
 
     return (uint32_t)((uint64_t)(a->segments - a->free_count) * 100 / a->segments);
 }
+
+/* Memory of the index, with what the open epoch's may need at once to grow: more than the limit
+ * only after a start with a lower one. */
+static inline uint64_t group_index_used(const struct group *g)
+{
+    return (uint64_t)(g->index_memory.used + epoch_open(g)->index.growth);
+}
+
+/* Of arena or index, whichever is nearer to its limit: at 100 writes are held, or nearly so. */
+uint32_t group_limit_percent(const struct group *g);
 
 #define LOG_DEBUG 10
 #define LOG_INFO 20

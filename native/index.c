@@ -7,28 +7,39 @@
 
 #define BUCKETS_MIN 64u          /* of a table of one shard: 4 KiB */
 #define SHARD_BUCKETS_MIN 4u
+#define INDEX_BYTES_EXPECTED (sizeof(struct index_bucket) / 4) /* of a slot */
 
-static void free_shards(struct index_shard *shard, uint32_t shards)
+void index_init(struct index *x, struct index_memory *m)
 {
-    for (uint32_t i = 0; shard && i < shards; i++)
+    *x = (struct index){.memory = m};
+}
+
+static void count(struct index *x, int64_t bytes)
+{
+    x->bytes += (uint64_t)bytes;
+    x->growth = (int64_t)(x->bytes / 2 + x->largest * sizeof(struct index_bucket));
+    index_memory_count(x->memory, bytes);
+}
+
+static void free_shards(struct index *x, struct index_shard *shard, uint32_t shards)
+{
+    int64_t bytes = (int64_t)(shards * sizeof(*shard));
+
+    for (uint32_t i = 0; i < shards; i++) {
+        bytes += (int64_t)(shard[i].buckets * sizeof(struct index_bucket));
         free(shard[i].bucket);
+    }
     free(shard);
+    count(x, -bytes);
 }
 
 void index_free(struct index *x)
 {
-    free_shards(x->shard, x->shards);
-    free(x->range);
-    memset(x, 0, sizeof(*x));
-}
-
-uint64_t index_bytes(const struct index *x)
-{
-    uint64_t bytes = x->ranges_max * sizeof(struct index_range);
-
-    for (uint32_t i = 0; i < x->shards; i++)
-        bytes += sizeof(struct index_shard) + x->shard[i].buckets * sizeof(struct index_bucket);
-    return bytes;
+    if (x->shard)
+        free_shards(x, x->shard, x->shards);
+    check(x->bytes == 0);
+    ranges_free(&x->ranges, x->memory);
+    index_init(x, x->memory);
 }
 
 struct index_slot *index_next(const struct index *x, struct index_cursor *at)
@@ -81,14 +92,19 @@ struct index_slot *index_find(const struct index *x, uint32_t disk, uint64_t blo
 
 /* ---- Growing --------------------------------------------------------------------------- */
 
-static int shard_create(struct index_shard *s, uint32_t buckets)
+static int shard_create(struct index *x, struct index_shard *s, uint32_t buckets)
 {
-    s->bucket = aligned_alloc(sizeof(*s->bucket), buckets * sizeof(*s->bucket));
+    uint64_t bytes = buckets * sizeof(*s->bucket);
+
+    s->bucket = aligned_alloc(sizeof(*s->bucket), bytes);
     if (!s->bucket)
         return -ENOMEM;
-    memset(s->bucket, 0, buckets * sizeof(*s->bucket));
+    memset(s->bucket, 0, bytes);
     s->buckets = buckets;
     s->used = 0;
+    if (buckets > x->largest)
+        x->largest = buckets;
+    count(x, (int64_t)bytes);
     return 0;
 }
 
@@ -121,7 +137,7 @@ static inline bool full(const struct index_shard *s)
 static int grow_shard(struct index *x, struct index_shard *s)
 {
     struct index_shard old = *s;
-    int error = shard_create(s, old.buckets + old.buckets / 2);
+    int error = shard_create(x, s, old.buckets + old.buckets / 2);
 
     if (error) {
         *s = old;
@@ -130,6 +146,7 @@ static int grow_shard(struct index *x, struct index_shard *s)
     x->used -= old.used;
     move_slots(x, &old);
     free(old.bucket);
+    count(x, -(int64_t)(old.buckets * sizeof(*old.bucket)));
     return 0;
 }
 
@@ -148,38 +165,43 @@ static void count_slots(const struct index *old, uint32_t shards, uint32_t *coun
 /* A new set of shards, each with so many buckets or what it needs, takes over what there is. */
 static int reshard(struct index *x, uint32_t shards, uint32_t buckets)
 {
-    uint32_t count[INDEX_SHARDS] = {0};
-    struct index old = *x;
+    struct index_shard *old = x->shard, *more = calloc(shards, sizeof(*more));
+    uint32_t slots[INDEX_SHARDS] = {0}, old_shards = x->shards;
 
-    count_slots(&old, shards, count);
-    x->shard = calloc(shards, sizeof(*x->shard));
-    x->shards = shards;
-    for (uint32_t i = 0; x->shard && i < shards; i++) {
-        uint32_t least = count[i] / 4 + SHARD_BUCKETS_MIN;
+    if (!more)
+        return -ENOMEM;
+    count_slots(x, shards, slots);
+    count(x, (int64_t)(shards * sizeof(*more)));
+    x->largest = 0;
+    for (uint32_t i = 0; i < shards; i++) {
+        uint32_t least = slots[i] / 4 + SHARD_BUCKETS_MIN;
 
-        if (shard_create(&x->shard[i], least > buckets ? least : buckets)) {
-            free_shards(x->shard, i);
-            x->shard = NULL;
+        if (shard_create(x, &more[i], least > buckets ? least : buckets)) {
+            x->largest = old ? old->buckets : 0;
+            free_shards(x, more, shards);
+            return -ENOMEM;
         }
     }
-    if (!x->shard) {
-        *x = old;
-        return -ENOMEM;
-    }
+    x->shard = more;
+    x->shards = shards;
     x->shift = shards > 1 ? INDEX_SHARD_BITS : 0;
     x->used = 0;
-    for (uint32_t i = 0; i < old.shards; i++)
-        move_slots(x, &old.shard[i]);
-    free_shards(old.shard, old.shards);
+    for (uint32_t i = 0; i < old_shards; i++)
+        move_slots(x, &old[i]);
+    if (old)
+        free_shards(x, old, old_shards);
     return 0;
 }
 
 int index_reserve(struct index *x, uint64_t expected)
 {
-    uint64_t buckets = expected / 4 + 1;
+    uint64_t left = x->memory->left > 0 ? (uint64_t)x->memory->left : 0, buckets;
 
     if (x->shards > 0)
         return 0;
+    if (expected > left / 4 / INDEX_BYTES_EXPECTED)
+        expected = left / 4 / INDEX_BYTES_EXPECTED;
+    buckets = expected / 4 + 1;
     if (expected <= INDEX_SHARD_SLOTS)
         return reshard(x, 1, buckets < BUCKETS_MIN ? BUCKETS_MIN : (uint32_t)buckets);
     return reshard(x, INDEX_SHARDS, (uint32_t)(buckets / INDEX_SHARDS + SHARD_BUCKETS_MIN));
@@ -235,33 +257,6 @@ int index_put(struct index *x, uint32_t disk, uint64_t block, arena_loc loc, uin
 
 /* ---- Zero ranges ------------------------------------------------------------------------ */
 
-/* First range that ends behind the block: the one that can hold it. */
-static uint32_t range_position(const struct index *x, uint32_t disk, uint64_t block)
-{
-    uint32_t low = 0, high = x->ranges;
-
-    while (low < high) {
-        uint32_t mid = low + (high - low) / 2;
-        const struct index_range *r = &x->range[mid];
-
-        if (r->disk < disk || (r->disk == disk && r->end <= block))
-            low = mid + 1;
-        else
-            high = mid;
-    }
-    return low;
-}
-
-bool index_in_range(const struct index *x, uint32_t disk, uint64_t block)
-{
-    uint32_t i;
-
-    if (likely(x->ranges == 0))
-        return false;
-    i = range_position(x, disk, block);
-    return i < x->ranges && x->range[i].disk == disk && x->range[i].first <= block;
-}
-
 typedef void emptied_fn(void *owner, const struct index_slot *s);
 
 static void empty_slot(struct index_slot *s, emptied_fn *emptied, void *owner)
@@ -288,58 +283,13 @@ static void empty_slots(struct index *x, uint32_t disk, uint64_t first, uint64_t
             empty_slot(s, emptied, owner);
 }
 
-static void range_insert(struct index *x, uint32_t at, struct index_range r)
-{
-    memmove(&x->range[at + 1], &x->range[at], (x->ranges - at) * sizeof(r));
-    x->range[at] = r;
-    x->ranges++;
-}
-
 int index_put_range(struct index *x, uint32_t disk, uint64_t first, uint64_t end, uint32_t flags,
-                    emptied_fn *emptied, void *owner)
+                    arena_loc loc, const struct index_watch *watch, void *owner)
 {
-    struct index_range put = {.first = first, .end = end, .disk = disk, .flags = flags};
-    uint32_t at, last;
+    int error = ranges_put(&x->ranges, x->memory, disk, first, end, flags, loc, watch->changed,
+                           owner);
 
-    if (x->ranges + 2 > x->ranges_max) { /* the new one, and one that it splits */
-        uint32_t max = x->ranges_max ? x->ranges_max * 2 : 16;
-        struct index_range *more = realloc(x->range, max * sizeof(*more));
-        if (!more)
-            return -ENOMEM;
-        x->range = more;
-        x->ranges_max = max;
-    }
-    empty_slots(x, disk, first, end, emptied, owner);
-    at = range_position(x, disk, first);
-    if (at < x->ranges && x->range[at].disk == disk && x->range[at].first < first) {
-        struct index_range right = x->range[at];
-
-        x->range[at].end = first; /* keep what is left of the new range */
-        at++;
-        if (right.end > end) {
-            right.first = end;
-            range_insert(x, at, right);
-        }
-    }
-    last = at;
-    while (last < x->ranges && x->range[last].disk == disk && x->range[last].end <= end)
-        last++;
-    if (last < x->ranges && x->range[last].disk == disk && x->range[last].first < end)
-        x->range[last].first = end;
-    memmove(&x->range[at], &x->range[last], (x->ranges - last) * sizeof(put));
-    x->ranges -= last - at;
-    /* Neighbours with the same flags become one: a walk of DISCARDs stays one entry. */
-    if (at > 0 && x->range[at - 1].disk == disk && x->range[at - 1].end == first &&
-        x->range[at - 1].flags == flags) {
-        x->range[--at].end = end;
-    } else {
-        range_insert(x, at, put);
-    }
-    if (at + 1 < x->ranges && x->range[at + 1].disk == disk && x->range[at + 1].first == end &&
-        x->range[at + 1].flags == flags) {
-        x->range[at].end = x->range[at + 1].end;
-        memmove(&x->range[at + 1], &x->range[at + 2], (x->ranges - at - 2) * sizeof(put));
-        x->ranges--;
-    }
-    return 0;
+    if (!error)
+        empty_slots(x, disk, first, end, watch->emptied, owner);
+    return error;
 }

@@ -168,6 +168,8 @@ static void picture_group(const struct group *g, struct metrics_state *s)
     if (s->arena_used > s->arena_bytes)
         s->arena_used = s->arena_bytes; /* packing is using its reserve */
     s->arena_percent = group_pressure_percent(g);
+    s->index_size = (uint64_t)g->index_memory.limit;
+    s->index_used = group_index_used(g);
     s->journal_bytes = g->journal.ring_bytes;
     s->journal_used = journal_used(&g->journal);
     s->seals = g->stats.seals;

@@ -143,7 +143,8 @@ static void repoint(struct group *g, struct epoch *e, const struct pack_move *f)
     struct segment_use *u = &g->arena.use[arena_loc_segment(f->new)];
 
     if (f->range) {
-        u->slots++; /* it has no slot, and never dies */
+        u->slots += ranges_repoint(&e->index.ranges, f->disk, f->block, f->block + f->blocks,
+                                   f->old, f->new);
         return;
     }
     for (uint32_t i = 0; i < f->blocks; i++) {
@@ -214,7 +215,7 @@ static uint8_t alive(const struct epoch *e, const struct frame_header *h, arena_
     uint8_t bits = 0;
 
     if (h->kind == FRAME_ZERO && h->blocks > 1)
-        return 1;
+        return ranges_left(&e->index.ranges, h->disk, h->block, h->block + h->blocks, loc);
     for (uint32_t i = 0; i < blocks; i++) {
         const struct index_slot *s = index_find(&e->index, h->disk, h->block + i);
 

@@ -55,7 +55,7 @@ struct pack_move {
     arena_loc old, new;
     uint32_t blocks;
     uint8_t disk;
-    bool range;
+    bool range;                 /* of zero blocks */
 };
 
 /* A whole raw block of the source. */

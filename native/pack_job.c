@@ -43,7 +43,7 @@ static void moved(struct pack *p, const struct frame_header *h, arena_loc old, a
     check(p->moves < PACK_FRAMES_MAX * 2);
     p->move[p->moves++] = (struct pack_move){
         .block = h->block, .blocks = h->blocks, .disk = h->disk, .old = old, .new = new,
-        .range = h->kind == FRAME_ZERO && h->blocks > ZERO_SLOTS_MAX};
+        .range = h->kind == FRAME_ZERO && h->blocks > 1};
 }
 
 static void copy(struct pack *p, struct arena_cursor *at, arena_loc loc)

@@ -83,6 +83,8 @@ static void query_status(struct reactor *r, core_status *out)
     out->spill_fault = (uint32_t)-g->spill.fault;
     out->journal_size = g->journal.ring_bytes;
     out->journal_used = journal_used(&g->journal);
+    out->index_size = (uint64_t)g->index_memory.limit;
+    out->index_used = group_index_used(g);
     for (uint32_t i = 0; i < g->epochs; i++) {
         const struct epoch *e = g->epoch[i];
 

@@ -707,6 +707,16 @@ static void tell(struct recovery *r)
                   (ull)g->arena.header->committed);
 }
 
+/* The smallest arenas are the tests'. */
+static uint64_t index_limit(const core_config *config)
+{
+    uint64_t share = config->arena_bytes / CORE_INDEX_SHARE;
+
+    if (config->index_bytes)
+        return config->index_bytes;
+    return share > CORE_INDEX_BYTES_MIN ? share : CORE_INDEX_BYTES_MIN;
+}
+
 int group_open(struct group *g, const core_config *config, struct disk *disk, char *text)
 {
     struct recovery r = {.g = g, .text = text};
@@ -714,6 +724,7 @@ int group_open(struct group *g, const core_config *config, struct disk *disk, ch
     int error;
 
     g->config = *config;
+    index_memory_init(&g->index_memory, index_limit(config));
     g->disk = disk;
     g->seq = 1;
     g->worker.wake_fd = g->packer.wake_fd = -1; /* not started yet */

@@ -166,22 +166,18 @@ static int enter(struct group *g, struct epoch *e, const struct seen *s)
 {
     struct frame_header copy;
     const struct frame_header *h = seen_frame(g, s, &copy);
+    struct index_slot *slot;
     uint32_t blocks;
 
     if (!h)
         return -EIO;
     blocks = h->kind == FRAME_CLUSTER ? 1 : h->blocks;
-    if (blocks > ZERO_SLOTS_MAX) {
-        g->arena.use[arena_loc_segment(s->loc)].slots++; /* never dies */
-        return epoch_put_range(g, e, h->disk, h->block, h->block + blocks, h->flags);
-    }
-    for (uint32_t i = 0; i < blocks; i++) {
-        struct index_slot *slot = index_slot(&e->index, h->disk, h->block + s->member + i, 0);
-
-        if (!slot)
-            return -ENOMEM;
-        epoch_point(g, e, slot, s->loc, h->mask);
-    }
+    if (blocks > 1)
+        return epoch_put_range(g, e, h->disk, h->block, h->block + blocks, h->flags, s->loc);
+    slot = index_slot(&e->index, h->disk, h->block + s->member, 0);
+    if (!slot)
+        return -ENOMEM;
+    epoch_point(g, e, slot, s->loc, h->mask);
     return 0;
 }
 

@@ -559,7 +559,7 @@ uint32_t ring_poll(struct ring *r, uint32_t budget)
         return 0;
     if (unlikely(r->held) && !epoch_room(&r->blk->core->group, r->held_blocks)) {
         /* Again: others may have taken what was made free for it. */
-        spill_hold(&r->blk->core->group, epoch_room_segments(r->held_blocks));
+        group_hold(&r->blk->core->group, r->held_blocks);
         return 0;
     }
     r->held = false;

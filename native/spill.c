@@ -199,8 +199,10 @@ static void repoint(struct spill_move *m, const struct frame_header *h, uint32_t
     struct arena *a = &m->group->arena;
     arena_loc old = arena_loc_of(m->from, at);
 
-    if (h->blocks > ZERO_SLOTS_MAX) {
-        a->use[m->to].slots++; /* a range, which has no place */
+    if (h->kind == FRAME_ZERO && h->blocks > 1) {
+        a->use[m->to].slots += ranges_repoint(&m->epoch->index.ranges, h->disk, h->block,
+                                              h->block + h->blocks, old,
+                                              arena_loc_of(m->to, at));
         return;
     }
     for (uint32_t i = 0; i < h->blocks; i++) {

@@ -76,7 +76,7 @@ def test_one_disk_needs_no_file(tmp_path: Path) -> None:
     assert settings.control == tmp_path / "disk.img.control"
     assert settings.journal_path == tmp_path / "disk.img.epochd-journal"
     assert settings.arena_bytes == 512 << 20
-    assert settings.journal_bytes is None
+    assert (settings.index_bytes, settings.journal_bytes) == (None, None)
     assert (settings.compress_level, settings.spin_us) == (1, 30)
 
 
@@ -93,6 +93,8 @@ def test_every_flag_counts(tmp_path: Path) -> None:
         "state",
         "--arena-size",
         "64M",
+        "--index-size",
+        "20M",
         "--journal-size",
         "1G",
         "--compress-level",
@@ -105,6 +107,7 @@ def test_every_flag_counts(tmp_path: Path) -> None:
     assert settings.control == tmp_path / "c.sock"
     assert settings.state_dir == tmp_path / "state"
     assert (settings.arena_bytes, settings.journal_bytes) == (64 << 20, 1 << 30)
+    assert settings.index_bytes == 20 << 20
     assert (settings.compress_level, settings.log_level) == (0, "debug")
 
 
@@ -136,6 +139,7 @@ def test_a_default_name_is_a_legal_name(image: str, name: str) -> None:
         ((*ONE_DISK, "--arena", "64M"), "--arena"),
         ((*ONE_DISK, "--arena-size", "64Q"), "64Q"),
         ((*ONE_DISK, "--arena-size", "4K"), "smallest arena"),
+        ((*ONE_DISK, "--index-size", "2047K"), "smallest index"),
         ((*ONE_DISK, "--compress-level", "20"), "0..19"),
         ((*ONE_DISK, "--log-level", "loud"), "loud"),
         (("--blk-file", "d.img", "--fd", "-1"), "-1"),
@@ -164,7 +168,7 @@ def test_capabilities_are_printed_whatever_else_is_said() -> None:
 def test_every_key_counts(tmp_path: Path) -> None:
     settings = parse_toml(
         'name = "vm1"\nstate-dir = "/var/lib/vm1"\ncontrol = "ctl.sock"\narena-size = "64M"\n'
-        "journal-size = 268435456\ncompress-level = 3\nspin-us = 0\n"
+        "index-size = 2097152\njournal-size = 268435456\ncompress-level = 3\nspin-us = 0\n"
         + disk_table(0, name='"root"', **{"read-only": "true"}, serial='"R00T"')
         + disk_table(1, image='"/other/1.img"')
     )
@@ -172,6 +176,7 @@ def test_every_key_counts(tmp_path: Path) -> None:
     assert settings.state_dir == Path("/var/lib/vm1")
     assert settings.control == tmp_path / "ctl.sock"
     assert (settings.arena_bytes, settings.journal_bytes) == (64 << 20, 256 << 20)
+    assert settings.index_bytes == 2 << 20
     assert (settings.compress_level, settings.spin_us) == (3, 0)
     root, other = settings.disks
     assert (root.name, root.read_only, root.serial) == ("root", True, "R00T")
@@ -217,6 +222,8 @@ def test_the_file_may_leave_the_disk_to_the_command_line() -> None:
         ("arena-size = true\n" + disk_table(0), "arena-size", "not a size"),
         ('arena-size = "1.5G"\n' + disk_table(0), "arena-size", "not a size"),
         ("arena-size = 4096\n" + disk_table(0), "arena-size", "smallest arena"),
+        ("index-size = 4096\n" + disk_table(0), "index-size", "smallest index"),
+        ("index-size = false\n" + disk_table(0), "index-size", "not a size"),
         ("journal-size = -1\n" + disk_table(0), "journal-size", "out of range"),
         ('compress-level = "1"\n' + disk_table(0), "compress-level", "not an integer"),
         ("compress-level = true\n" + disk_table(0), "compress-level", "not an integer"),

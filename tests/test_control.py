@@ -322,6 +322,7 @@ def test_status_has_what_the_contract_says(agent: Daemon) -> None:
     assert isinstance(status["generation"], int)
     assert 15 << 20 < status["arena"]["size"] <= 16 << 20  # whole segments
     assert status["arena"]["used"] <= status["arena"]["size"]
+    assert status["index"] == {"size": 4 << 20, "used": 0}  # a quarter of the arena
     assert status["journal"]["size"] >= status["arena"]["size"]
     assert status["journal"]["used"] == 0
     assert (status["held"], status["error"]) == (0, "")

@@ -1,4 +1,4 @@
-"""A full arena: writes wait, nothing fails, and room lets them go on."""
+"""A full arena or index: writes wait, nothing fails, and room lets them go on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 import pytest
 from conftest import Attach, StartDaemon
 from frontend import BlkRequest, Disk, Layout, Status, Type
-from harness import Daemon, until
+from harness import Daemon, DiskSpec, until
 
 INDIRECT = Layout(indirect=0)
 CHUNK = 64 << 10
+ZEROES = 512 << 10
 
 
 @pytest.fixture
@@ -244,3 +245,110 @@ def test_zero_blocks_are_taken_by_a_full_arena_after_room_is_made(
     filler.disk.wait(zeroing, *filler.requests.values())
     assert zeroing.status == Status.OK
     assert filler.disk.read(0, 64) == bytes(64 * 512)
+
+
+# The index: blocks of zeroes take hardly any room in the arena, but a place in it each.
+
+
+@pytest.fixture
+def sparse(epochd: StartDaemon) -> Daemon:
+    """The smallest index, 2 MiB, and an arena that has room for far more zero blocks."""
+    return epochd(DiskSpec(size=1 << 30), arena="32M", options=["--index-size", "2M"])
+
+
+def fill_index(daemon: Daemon, disk: Disk) -> tuple[list[BlkRequest], list[BlkRequest]]:
+    """Write zeroes until they are held: the requests that were answered, and those held."""
+    done: list[BlkRequest] = []
+    batch: list[BlkRequest] = []
+    place = 0
+    while not daemon.control.status()["held"]:
+        assert place < 1 << 30, "the index never fills"
+        for _ in range(8 - len(batch)):
+            batch.append(disk.submit(Type.OUT, place // 512, bytes(ZEROES), layout=INDIRECT))
+            place += ZEROES
+        disk.reap()
+        done += [request for request in batch if request.done]
+        batch = [request for request in batch if not request.done]
+    disk.reap()
+    return done, batch
+
+
+def test_a_full_index_holds_writes_until_a_commit(sparse: Daemon, attach: Attach) -> None:
+    control, disk = sparse.control, attach(sparse)
+    disk.write(8, b"\x21" * 512)
+    done, held = fill_index(sparse, disk)
+    assert held
+    assert len(done) * ZEROES > 128 << 20
+    status = control.status()
+    assert status["index"]["size"] == 2 << 20
+    assert status["index-bytes"] <= status["index"]["used"] <= status["index"]["size"]
+    assert status["arena"]["percent"] < 50
+    control.wait_event("ARENA_PRESSURE", where=lambda data: bool(data["held"]))
+    told = [event["data"] for event in control.events if event["event"] == "ARENA_PRESSURE"]
+    assert (told[0]["held"], told[-1]["held"]) == (False, True)
+    assert 50 <= told[0]["percent"] < 90
+    control.checkpoint()
+    disk.wait(*held)
+    assert {request.status for request in (*done, *held)} == {Status.OK}
+    control.checkpoint()
+    control.wait_applied()
+    assert control.status()["index"]["used"] <= 64 << 10
+    assert disk.read(8, 1) == bytes(512)
+
+
+def test_a_full_index_is_taken_by_the_next_agent(sparse: Daemon, attach: Attach) -> None:
+    disk = attach(sparse, inflight=True)
+    done, held = fill_index(sparse, disk)
+    sparse.restart("kill")
+    disk.reconnect()
+    until("the writes to be held again", lambda: sparse.control.status()["held"] > 0)
+    sparse.control.discard()
+    disk.wait(*held)
+    assert {request.status for request in (*done, *held)} == {Status.OK}
+
+
+def test_an_index_above_a_lower_limit_is_taken_and_drains(
+    epochd: StartDaemon, attach: Attach
+) -> None:
+    daemon = epochd(DiskSpec(size=1 << 30), arena="32M", options=["--index-size", "8M"])
+    disk = attach(daemon, inflight=True)
+    for place in range(0, 512 << 20, ZEROES):
+        disk.write(place // 512, bytes(ZEROES))
+    assert daemon.control.status()["index-bytes"] > 2 << 20
+    daemon.options = ["--index-size", "2M"]
+    daemon.restart("kill")
+    disk.reconnect()
+    status = daemon.control.status()
+    assert status["index"]["size"] == 2 << 20
+    assert status["index-bytes"] > 2 << 20
+    late = disk.submit(Type.OUT, 0, b"\x22" * 512, layout=INDIRECT)
+    until("the write to be held", lambda: daemon.control.status()["held"] == 1)
+    daemon.control.discard()
+    disk.wait(late)
+    assert late.status == Status.OK
+    assert disk.read(0, 1) == b"\x22" * 512
+
+
+def test_an_active_agent_frees_its_index_by_itself(sparse: Daemon, attach: Attach) -> None:
+    disk = attach(sparse)
+    _, held = fill_index(sparse, disk)
+    sparse.control.execute("promote")
+    disk.wait(*held)
+    for place in range(0, 384 << 20, ZEROES):
+        disk.write(place // 512, bytes(ZEROES))
+    assert sparse.control.status()["held"] == 0
+    assert {request.status for request in held} == {Status.OK}
+
+
+def test_scattered_discards_are_held_by_the_index_and_not_by_errors(
+    sparse: Daemon, attach: Attach
+) -> None:
+    """Every second run of two blocks: nothing of it can be joined."""
+    disk = attach(sparse)
+    for place in range(6000):
+        disk.discard(32 * place, 16)
+    status = sparse.control.status()
+    assert status["index-bytes"] <= 17 * 6000 + (64 << 10)
+    sparse.control.checkpoint()
+    sparse.control.wait_applied()
+    assert disk.read(0, 64) == bytes(64 * 512)

@@ -153,6 +153,7 @@ def test_arena_journal_and_epochs_are_those_of_query_status(agent: Daemon, attac
     for name in ("logical-bytes", "stored-bytes", "index-bytes"):
         assert now[name] == status[name]
     assert now["arena"]["size"] == status["arena"]["size"]
+    assert now["index"] == status["index"]
     assert now["journal"]["size"] == status["journal"]["size"]
     assert now["live-view"] == status["live-view"]
     assert now["control"] == str(agent.control_path)

@@ -79,7 +79,7 @@ def ninja_file(kind: str) -> str:
     flags = checked(["pkg-config", "--cflags", "liburing", "libzstd", "libisal"]).strip()
     flags += f" -g -O1 -std=gnu11 -D_GNU_SOURCE -I{ROOT}/native -fno-omit-frame-pointer -Wall"
     core = (f"{flags} {sanitizers} -fsanitize=fuzzer-no-link -fsanitize-coverage=trace-loads "
-            "-Dmemcpy=fuzz_memcpy -Dmunmap=fuzz_munmap")
+            "-Dmemcpy=fuzz_memcpy -Dmunmap=fuzz_munmap -DEPOCHD_PLAIN_COPY")
     lines = [
         f"core_flags = {core}",
         f"target_flags = {flags} -I{HERE} {sanitizers}",

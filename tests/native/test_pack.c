@@ -19,7 +19,24 @@ static void write_random(struct bench *b, struct dice *d, uint64_t block)
     assert_int_equal(bench_write(b, 0, block * BLOCK_SECTORS, block_data, BLOCK_BYTES), 0);
 }
 
-/* Live slots of each segment, counted from the indexes. */
+/* Ranges that came with the segment's frames. */
+static uint32_t ranges_of(const struct group *g, uint32_t segment)
+{
+    struct epoch *e = epoch_by_id(g, g->arena.desc[segment].epoch);
+    uint32_t tail = arena_tail(&g->arena, segment), offset = 0, at = 0, count = 0;
+    const struct frame_header *h;
+
+    for (; e && (h = arena_frame_next(&g->arena, segment, tail, &offset)); at = offset) {
+        arena_loc loc = arena_loc_of(segment, at);
+
+        if (h->kind == FRAME_ZERO && h->blocks > 1)
+            count += ranges_repoint(&e->index.ranges, h->disk, h->block, h->block + h->blocks, loc,
+                                    loc);
+    }
+    return count;
+}
+
+/* Live slots and ranges of each segment, counted from the indexes. */
 static void counts_are_right(const struct group *g)
 {
     uint32_t *slots = calloc(g->arena.segments, sizeof(*slots));
@@ -36,7 +53,7 @@ static void counts_are_right(const struct group *g)
         const struct segment_use *u = &g->arena.use[i];
 
         if (g->arena.desc[i].state != SEGMENT_FREE)
-            assert_int_equal(u->slots - u->dead, slots[i]);
+            assert_int_equal(u->slots - u->dead, slots[i] + ranges_of(g, i));
     }
     free(slots);
 }
@@ -61,8 +78,8 @@ static void counts_follow_the_index(void **state)
             group_step(b->group);
         else if (what < 99)
             assert_int_equal(epoch_zero(b->group, 0, block * BLOCK_SECTORS,
-                                        BLOCK_SECTORS * (1 + dice_below(&d, BLOCKS - block) %
-                                                                 ZERO_SLOTS_MAX), 0), 0);
+                                        BLOCK_SECTORS * (1 + dice_below(&d, BLOCKS - block) % 64),
+                                        0), 0);
         else if (dice_below(&d, 4) == 0)
             assert_int_equal(bench_verb(b, VERB_SEAL)->result, 0);
         if (turn % 1000 == 0) {
@@ -96,6 +113,33 @@ static void what_is_wholly_overwritten_is_freed(void **state)
     used = g->arena.segments - g->arena.free_count;
     assert_true(used <= 2 * (BLOCKS / 4 / SEGMENT_FRAMES_MIN + 1) + 2 + g->arena.segments / 16);
     counts_are_right(g);
+}
+
+/* The same blocks made zero again and again, written in between or not: an arena of 16 MiB would
+ * be full of 32-byte frames many times over. */
+static void repeated_zero_ranges_do_not_fill_the_arena(void **state)
+{
+    struct bench *b = *state;
+    struct group *g = b->group;
+    struct dice d = dice_new(__func__);
+
+    for (uint32_t turn = 0; turn < 2 * SEGMENT_BYTES * g->arena.segments / 32; turn++) {
+        uint64_t block = dice_below(&d, 64) * 16, blocks = 2 + dice_below(&d, 40);
+
+        if (turn % 64 == 0)
+            group_step(g);
+        if (turn % 1024 == 0)
+            write_random(b, &d, block + 1);
+        assert_true(epoch_room(g, EPOCH_ZERO_ROOM));
+        assert_int_equal(epoch_zero(g, 0, block * BLOCK_SECTORS, blocks * BLOCK_SECTORS, 0), 0);
+    }
+    bench_settle(b);
+    assert_true(group_pressure_percent(g) < 50);
+    assert_true(epoch_open(g)->index.ranges.count <= 400);
+    counts_are_right(g);
+    bench_kill(b);
+    assert_int_equal(bench_open(b), 0);
+    counts_are_right(b->group);
 }
 
 /* Half dead segments are copied together before the arena is full. */
@@ -459,6 +503,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         CASE(counts_follow_the_index),
         CASE(what_is_wholly_overwritten_is_freed),
+        CASE(repeated_zero_ranges_do_not_fill_the_arena),
         CASE(worn_segments_are_copied_under_pressure),
         CASE(neighbours_become_clusters),
         CASE(lone_blocks_do_not),

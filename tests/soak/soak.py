@@ -3,7 +3,7 @@
 What counts is the private memory (RssAnon in /proc/PID/status). The arena and the guests' memory
 are shared memory and have sizes of their own; that the arena keeps its own is checked too, and
 so are the journal's size and the numbers of descriptors and threads. The limit is the
-README's: FIXED_MIB, and INDEX_BYTES for each block in an epoch (query-epochs).
+README's, whatever is written: FIXED_MIB and --index-size.
 
 Between the loads all is committed and applied, and memory is looked at again: what a rest takes
 may not grow with the number of requests that went before (LEAK_MIB).
@@ -17,7 +17,6 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 from frontend import (
     INDIRECT,
@@ -40,14 +39,15 @@ DISK_BYTES = 64 << 30
 HOT_BYTES = 256 * MIB
 """Where most requests go; the rest of the disk is for epochs of very many blocks."""
 ARENA_MIB = 32
+INDEX_MIB = 8
 FIXED_MIB = 40
-INDEX_BYTES = 24
 LEAK_MIB = 4
 ROUND_REQUESTS = 1000
 DENSE_EVERY = 20
-DENSE_RUNS = 8000
-RUN_BLOCKS = 64
+DENSE_BYTES = 256 << 10
+DENSE_RANGES = 4000
 INFLIGHT_MAX = 48
+LIMIT = (FIXED_MIB + INDEX_MIB) * MIB
 NOISE = random.Random(0).randbytes(2 * MIB)
 
 
@@ -82,9 +82,9 @@ class Soak:
         self.pending: list[BlkRequest] = []
         self.rests: list[int] = []  # private memory at rest, since the last restart
         self.first: dict[str, int] = {}
-        self.peak = self.peak_limit = 0
+        self.peak = 0
         self.requests = self.written = self.rounds = 0
-        self.blocks_max = 0
+        self.index_max = 0
         self.done = {"seal": 0, "commit": 0, "discard": 0, "hang-up": 0, "client": 0, "restart": 0}
 
     def lines(self) -> list[str]:
@@ -92,9 +92,9 @@ class Soak:
         return [
             f"requests = {self.requests}, {self.written >> 20} MiB written, rounds = {self.rounds}",
             ", ".join(f"{name}s = {count}" for name, count in self.done.items()),
-            f"most blocks in epochs = {self.blocks_max}",
-            f"private memory: most {self.peak / MIB:.1f} MiB (limit then "
-            f"{self.peak_limit / MIB:.1f}), at rest {', '.join(self._rests())} MiB",
+            f"index: most {self.index_max / MIB:.1f} of {INDEX_MIB} MiB",
+            f"private memory: most {self.peak / MIB:.1f} MiB (limit {LIMIT / MIB:.1f}), "
+            f"at rest {', '.join(self._rests())} MiB",
         ]
 
     def _rests(self) -> list[str]:
@@ -234,22 +234,36 @@ class Soak:
             self._wait()
 
     def _dense(self) -> None:
-        """An epoch of as many blocks as one can get quickly: zeroes take no room in the
-        arena, but a place in the index each. The agent dies in it; then it is dropped."""
-        for _ in range(DENSE_RUNS):
-            while len(self.pending) >= INFLIGHT_MAX:
-                self._wait()
-            sector = self.random.randrange(DISK_BYTES // 512 // 8 // RUN_BLOCKS) * 8 * RUN_BLOCKS
-            payload = SEGMENT.pack(sector, 8 * RUN_BLOCKS, 0)
-            disk = self.random.choice(self.disks)
-            self.pending.append(disk.submit(Type.WRITE_ZEROES, 0, payload, layout=INDIRECT))
-            self.requests += 1
-            if self.requests % 500 == 0:
-                self._look()
+        """As many blocks and zero ranges as one can get quickly: they take hardly any room in the
+        arena, but a place in the index each. When that is full and holds writes, the agent
+        dies, and all is dropped."""
+        for number in range(DENSE_RANGES):
+            place = (self.random.randrange(DISK_BYTES // 4096 // 4) * 4 + number % 2) * 8
+            self._push(Type.WRITE_ZEROES, 0, SEGMENT.pack(place, 16, 0))
+        while not self.daemon.control.status()["held"]:
+            for _ in range(INFLIGHT_MAX):
+                place = self.random.randrange(DISK_BYTES // DENSE_BYTES) * DENSE_BYTES
+                self._push(Type.OUT, place // 512, bytes(DENSE_BYTES))
+            self._look()
+        if self._index()["used"] < INDEX_MIB * MIB * 3 // 4:
+            raise Exceeded(f"held with {self._index()} of the index used")
         self._restart()
         self._look()
         self.daemon.control.discard()
         self.done["discard"] += 1
+
+    def _push(self, kind: Type, sector: int, payload: bytes) -> None:
+        """One request more, when there is room in the rings; what is held stays there."""
+        while len(self.pending) >= INFLIGHT_MAX:
+            for disk in self.disks:
+                for queue in range(QUEUES):
+                    disk.reap(queue)
+            self.pending = [request for request in self.pending if not self._finished(request)]
+            if self.daemon.control.status()["held"]:
+                return
+        disk = self.random.choice(self.disks)
+        self.pending.append(disk.submit(kind, sector, payload, layout=INDIRECT))
+        self.requests += 1
 
     def _restart(self) -> None:
         """SIGKILL, and the next agent on the same arena: its memory is looked at anew."""
@@ -265,20 +279,22 @@ class Soak:
     # ---- looks ---------------------------------------------------------------------------
 
     def _look(self) -> int:
-        epochs: list[dict[str, Any]] = self.daemon.control.execute("query-epochs")
-        blocks = sum(epoch["blocks"] for epoch in epochs)
-        limit = FIXED_MIB * MIB + INDEX_BYTES * blocks
         taken = private_bytes(self.daemon.pid)
-        self.blocks_max = max(self.blocks_max, blocks)
-        if taken > self.peak:
-            self.peak, self.peak_limit = taken, limit
-        if taken > limit:
-            raise Exceeded(f"{taken} bytes of private memory with {blocks} blocks in "
-                           f"{len(epochs)} epochs, the limit is {limit}")
+        index = self._index()
+        self.index_max = max(self.index_max, index["used"])
+        self.peak = max(self.peak, taken)
+        if taken > LIMIT:
+            raise Exceeded(f"{taken} bytes of private memory, the limit is {LIMIT}; index: {index}")
+        if index["used"] > index["size"] or index["size"] != INDEX_MIB * MIB:
+            raise Exceeded(f"the index: {index}")
         arena = self.daemon.control.status()["arena"]
         if arena["used"] > arena["size"] or arena["size"] > ARENA_MIB * MIB:
             raise Exceeded(f"the arena: {arena}")
         return taken
+
+    def _index(self) -> dict[str, int]:
+        index: dict[str, int] = self.daemon.control.status()["index"]
+        return index
 
     def _rest(self) -> None:
         """Nothing is in flight, nothing waits: what remains is fixed."""
