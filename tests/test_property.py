@@ -57,6 +57,7 @@ class History:
         self.disks: list[Disk] = []
         self.trace: list[str] = []
         self.written = 0
+        self.clusters = 0  # seen in the statistics of any agent so far
         self.extents: list[tuple[int, int]] = []  # of the last burst
         try:
             self.daemon.start()
@@ -179,6 +180,28 @@ class History:
             self.extents.append((first, len(data)))
             self.model.write(disk, first * SECTOR, data)
         return requests
+
+    def pack(self, chance: random.Random) -> None:
+        """Blocks that shrink, sealed and compressed into clusters: what comes later overwrites,
+        discards and reads some of their members."""
+        disk, sectors = chance.randrange(len(SIZES)), 1024
+        first = chance.randrange(64) * 8
+        data = b"".join(chance.randbytes(8) * 64 for _ in range(sectors))
+        self.make_room(len(data))
+        self.note(f"pack disk {disk} sectors {first}+{sectors}")
+        self.disks[disk].write(first, data)
+        self.model.write(disk, first * SECTOR, data)
+        if chance.random() < 0.7:
+            self.seal()
+        end = time.monotonic() + 5
+        while self.compression()["pack-queue"] and time.monotonic() < end:
+            time.sleep(0.002)
+
+    def compression(self) -> dict[str, int]:
+        """The agent's statistics of it."""
+        stats: dict[str, int] = self.daemon.control.execute("query-stats")["compression"]
+        self.clusters = max(self.clusters, stats["clusters"])
+        return stats
 
     # ---- epochs --------------------------------------------------------------------------
 
@@ -332,6 +355,7 @@ class History:
     def check_all(self, chance: random.Random | None = None) -> None:
         """Every sector as the front end sees it."""
         self.note("check all")
+        self.compression()
         for index, disk in enumerate(self.disks):
             for first in range(0, SIZES[index] // SECTOR, 2048):
                 count = min(2048, SIZES[index] // SECTOR - first)
@@ -361,6 +385,7 @@ WEIGHTS: dict[str, int] = {
     "zero": 12,
     "read": 16,
     "burst": 6,
+    "pack": 4,
     "flush": 2,
     "seal": 9,
     "commit": 7,
@@ -442,7 +467,7 @@ def test_a_long_history_agrees_with_the_model(tmp_path: Path) -> None:
         raise
     finally:
         history.close()
-    print(f"{steps} steps")
+    print(f"{steps} steps, {history.clusters} clusters")
 
 
 @pytest.mark.timeout(600)

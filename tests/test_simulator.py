@@ -33,6 +33,7 @@ def test_no_crash_leaves_a_mix_of_epochs() -> None:
     explored = re.search(r"states explored = (\d+), failures = 0", result.stdout)
     assert explored, result.stdout
     assert int(explored[1]) >= int(states)
+    assert re.search(r"\b[1-9]\d* clusters\b", result.stdout), result.stdout
 
 
 @pytest.mark.timeout(3600)

@@ -26,7 +26,7 @@ static void make_setup(struct setup *u, struct rng *r)
     /* A commit of the whole arena fits; larger rings take longer to wrap. */
     u->segments = rng_chance(r, 50) ? SIM_SEGMENTS : 5 + rng_below(r, 5);
     u->ring_bytes = (u->segments * (SEGMENT_BYTES / PAGE) + 2 + rng_below(r, 6)) * PAGE;
-    u->compress_level = rng_chance(r, 25);
+    u->compress_level = rng_chance(r, 50);
     if (rng_chance(r, 50))
         u->fault_percent = 3 + rng_below(r, 20);
     u->no_fallocate = rng_chance(r, 20);

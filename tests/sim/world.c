@@ -528,8 +528,10 @@ void world_close(struct world *w)
         flush_free(w->group.checkpoint.waiters);
         w->group.checkpoint.waiters = next;
     }
-    if (w->up)
+    if (w->up) {
+        w->sim->clusters += w->group.stats.clusters;
         group_close(&w->group);
+    }
     w->up = false;
 }
 

@@ -48,7 +48,7 @@ struct sim {
     uint32_t samples;
     uint64_t states, states_max; /* recovered and checked */
     uint64_t kinds[CRASH_KINDS];
-    uint64_t nested, points, faults, commits;
+    uint64_t nested, points, faults, commits, clusters;
     uint64_t deadline;           /* states at which this run's crashes stop being looked at */
     bool failed;
     uint32_t failed_depth;
