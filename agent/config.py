@@ -25,7 +25,7 @@ DEFAULT_SPILL_FACTOR = 2  # of the arena
 ON_FULL = ("hold", "spill")
 ARENA_AND_SPILL_BYTES_MAX = 128 << 30
 DEFAULT_COMPRESS_LEVEL = 1
-DEFAULT_SPIN_US = 30
+DEFAULT_SPIN_US = 100
 COMPRESS_LEVEL_MAX = 19
 SPIN_US_MAX = 1_000_000
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -283,7 +283,7 @@ Sizes are bytes or a number with K, M, G or T (powers of 1024).
 
 The configuration file is TOML: the keys state-dir, control, arena-size, index-size,
 journal-size, on-full (hold or spill, default hold), spill-size, compress-level (0 to 19,
-default 1; 0: off), spin-us (default 30) and name, and one [[disk]] table a disk with image,
+default 1; 0: off), spin-us (default 100) and name, and one [[disk]] table a disk with image,
 socket, name, read-only and serial. Flags win over the file; paths in the file are relative to
 its folder.
 

@@ -77,7 +77,7 @@ def test_one_disk_needs_no_file(tmp_path: Path) -> None:
     assert settings.journal_path == tmp_path / "disk.img.epochd-journal"
     assert settings.arena_bytes == 512 << 20
     assert (settings.index_bytes, settings.journal_bytes) == (None, None)
-    assert (settings.compress_level, settings.spin_us) == (1, 30)
+    assert (settings.compress_level, settings.spin_us) == (1, 100)
 
 
 def test_every_flag_counts(tmp_path: Path) -> None:
