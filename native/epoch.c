@@ -87,21 +87,48 @@ struct epoch *epoch_create(struct group *g, uint64_t id)
  * took since: without being asked, malloc would keep it. Takes a millisecond, once a start. */
 #define TRIM_BYTES 1048576u
 
+static void free_index(struct epoch *e)
+{
+    bool trim = e->adopted && index_bytes(&e->index) >= TRIM_BYTES;
+
+    index_free(&e->index);
+    if (trim)
+        malloc_trim(0);
+}
+
+static void bury(struct job *job, struct worker *w)
+{
+    (void)w;
+    free_index(job->owner);
+}
+
+static void buried(struct job *job)
+{
+    struct epoch *e = job->owner;
+
+    index_memory_count(&e->group->index_memory, e->grave.used);
+    e->group->burials--;
+    free(e);
+}
+
 static void destroy(struct group *g, struct epoch *e)
 {
-    bool trim;
-
     segment_list_free(&g->arena, &e->raw_list);
     segment_list_free(&g->arena, &e->kept_list);
     segment_list_free(&g->arena, &e->worn_list);
     segment_list_free(&g->arena, &e->spill_list);
     segment_list_free(&g->arena, &e->spill_worn_list);
     pack_look(g);
-    trim = e->adopted && index_bytes(&e->index) >= TRIM_BYTES;
-    index_free(&e->index);
+    if (e->index.used > EPOCH_INDEX_LARGE && g->worker.outstanding < WORKER_RING) {
+        e->group = g;
+        e->index.memory = &e->grave;
+        e->burial = (struct job){.run = bury, .done = buried, .owner = e};
+        check(worker_submit(&g->worker, &e->burial, false));
+        g->burials++;
+        return;
+    }
+    free_index(e);
     free(e);
-    if (trim)
-        malloc_trim(0);
 }
 
 void epoch_drop(struct group *g, struct epoch *e)

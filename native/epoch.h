@@ -20,6 +20,7 @@
 #include "core.h"
 #include "index.h"
 #include "span.h"
+#include "worker.h"
 
 struct group;
 
@@ -44,7 +45,13 @@ struct epoch {
     bool adopted;                  /* its frames were in the arena at the start */
     bool frozen;                   /* no more packing: a commit or an apply reads it */
     bool dropped;
+    struct job burial;             /* frees a large index */
+    struct index_memory grave;     /* ... and counts there what that gives back */
+    struct group *group;
 };
+
+/* An index of more slots is freed by the helper: giving back its pages takes long. */
+#define EPOCH_INDEX_LARGE 100000u
 
 void segment_list_init(struct segment_list *l);
 void segment_list_append(struct arena *a, struct segment_list *l, uint32_t segment);

@@ -2,6 +2,7 @@
 #include "group.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +16,9 @@ int group_start(struct group *g, int notify_fd, bool inline_jobs)
 
 void group_close(struct group *g)
 {
+    while (g->burials > 0)
+        if (!worker_reap(&g->worker))
+            sched_yield();
     worker_stop(&g->worker);
     worker_stop(&g->packer);
     checkpoint_free(g);

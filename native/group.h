@@ -46,6 +46,7 @@ struct group {
     struct index_memory index_memory;
     struct epoch *epoch[CORE_EPOCHS_MAX]; /* oldest first; the last one is open */
     uint32_t epochs;
+    uint32_t burials;           /* dropped epochs whose index the helper is freeing */
     uint32_t mode;              /* enum core_mode */
     uint64_t generation;
     uint64_t committed;         /* newest durable epoch */
