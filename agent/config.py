@@ -51,7 +51,8 @@ class DiskConfig:
 @dataclass(frozen=True)
 class Config:
     """A consistency group. `journal_bytes` None: twice the arena, and the spill file;
-    `spill_bytes` 0: a full arena holds the guest; `index_bytes` None: a quarter of the arena."""
+    `spill_bytes` 0: a full arena holds the guest; `index_bytes` None: a quarter of the arena;
+    `apply_rate` None: no limit, else bytes a second."""
 
     name: str
     disks: tuple[DiskConfig, ...]
@@ -63,6 +64,7 @@ class Config:
     journal_bytes: int | None
     compress_level: int
     spin_us: int
+    apply_rate: int | None
     log_level: str
 
     @property
@@ -172,6 +174,7 @@ GROUP_KEYS: dict[str, Callable[[object], Any]] = {
     "journal-size": parse_size,
     "compress-level": _between(0, COMPRESS_LEVEL_MAX),
     "spin-us": _between(0, SPIN_US_MAX),
+    "apply-rate": parse_size,
 }
 DISK_KEYS: dict[str, Callable[[object], Any]] = {
     "name": _name,
@@ -283,9 +286,9 @@ Sizes are bytes or a number with K, M, G or T (powers of 1024).
 
 The configuration file is TOML: the keys state-dir, control, arena-size, index-size,
 journal-size, on-full (hold or spill, default hold), spill-size, compress-level (0 to 19,
-default 1; 0: off), spin-us (default 100) and name, and one [[disk]] table a disk with image,
-socket, name, read-only and serial. Flags win over the file; paths in the file are relative to
-its folder.
+default 1; 0: off), spin-us (default 100), apply-rate (bytes a second into the images, default:
+no limit) and name, and one [[disk]] table a disk with image, socket, name, read-only and
+serial. Flags win over the file; paths in the file are relative to its folder.
 
 Files: STATE-DIR/NAME.epochd-journal holds the group's identity and its committed epochs,
 /dev/shm/epochd-ID its uncommitted ones, and with --on-full spill STATE-DIR/NAME.epochd-spill
@@ -411,6 +414,7 @@ def _assemble(options: argparse.Namespace) -> Config:
         journal_bytes=group.get("journal-size"),
         compress_level=group.get("compress-level", DEFAULT_COMPRESS_LEVEL),
         spin_us=group.get("spin-us", DEFAULT_SPIN_US),
+        apply_rate=group.get("apply-rate"),
         log_level=options.log_level,
     )
     _reject_duplicates(where, disks, config.control)

@@ -246,6 +246,7 @@ class GroupSetup:
     index_bytes: int
     compress_level: int
     spin_us: int
+    apply_rate: int
     boot_id: bytes
     spill_fd: int = -1
     spill_bytes: int = 0
@@ -294,7 +295,8 @@ def _c_config(setup: GroupSetup) -> Any:
     config = ffi.new("core_config *")
     config.disks = len(setup.disks)
     for name in ("workers", "journal_fd", "arena_fd", "arena_bytes", "index_bytes",
-                 "compress_level", "spin_us", "spill_fd", "spill_bytes", "spill_closed"):
+                 "compress_level", "spin_us", "apply_rate", "spill_fd", "spill_bytes",
+                 "spill_closed"):
         setattr(config, name, getattr(setup, name))
     config.journal_direct = setup.journal_direct
     config.journal_fua = setup.journal_fua

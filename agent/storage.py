@@ -507,6 +507,7 @@ def _setup(config: Config, images: list[Image], journal: Journal) -> core.GroupS
         index_bytes=config.index_bytes or 0,
         compress_level=config.compress_level,
         spin_us=config.spin_us,
+        apply_rate=config.apply_rate or 0,
         boot_id=uuid.UUID(BOOT_ID.read_text(encoding="ascii").strip()).bytes,
     )
 

@@ -108,6 +108,7 @@ static void part_done(struct disk_op *op, int64_t result)
     struct blk *b = q->blk;
 
     b->reads_busy--;
+    b->core->group.reads_busy--;
     if (result < 0) {
         q->status = VIRTIO_BLK_S_IOERR;
         group_log(&b->core->group, LOG_ERROR, "disk \"%s\": reading %llu bytes at %llu failed: %s",
@@ -183,6 +184,7 @@ static bool read_run(struct request *q, uint64_t sector, uint64_t sectors, struc
     }
     q->parts++;
     b->reads_busy++;
+    b->core->group.reads_busy++;
     disk_submit(b->core->group.disk, &p->op);
     return true;
 }

@@ -501,6 +501,11 @@ static bool all_empty(const struct group *g)
     return g->epochs == 1 && epoch_empty(epoch_open(g));
 }
 
+bool checkpoint_stopping(const struct group *g)
+{
+    return g->checkpoint.first && g->checkpoint.first->kind == VERB_STOP;
+}
+
 /* Brings what is committed into the images; sealed and open epochs stay in the arena. */
 static bool stop_verb(struct group *g)
 {

@@ -55,6 +55,8 @@ struct checkpoint {
 /* Takes the verb (copied). */
 int checkpoint_submit(struct group *g, const struct verb *verb);
 bool checkpoint_step(struct group *g);
+/* The agent is to stop, and waits for the images. */
+bool checkpoint_stopping(const struct group *g);
 void checkpoint_free(struct group *g);
 
 /* True when all that the guest has been told is written is durable already; else the

@@ -68,6 +68,7 @@ typedef struct {
     int spill_closed;             /* only for what it holds already: it takes nothing more */
     uint64_t spill_bytes;         /* of segments in it; 0: there is no spill file */
     uint64_t index_bytes;         /* limit of the block index's memory; 0: by arena_bytes */
+    uint64_t apply_rate;          /* bytes a second into the images; 0: no limit */
     uint32_t spin_us;             /* polling after the last work, before sleeping */
     uint8_t boot_id[16];          /* the kernel's: an arena of another boot is refused */
     core_disk_config disk[CORE_DISKS_MAX];

@@ -89,6 +89,10 @@ const uint8_t *cluster_expand(struct expander *x, const struct arena *a, arena_l
 /* The wanted ones of the masked sectors, which lie one behind the other. */
 static void scatter(uint8_t *out, uint8_t want, uint8_t mask, const uint8_t *sectors)
 {
+    if (likely((want & mask) == MASK_FULL)) {
+        memcpy(out, sectors, BLOCK_BYTES);
+        return;
+    }
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
         if (want & 1u << i)
             memcpy(out + i * SECTOR_BYTES, sectors, SECTOR_BYTES);

@@ -67,7 +67,7 @@ uint64_t group_timer(const struct group *g)
     if (commit <= g->now_ns)
         commit = 0;
     commit = earlier(commit, g->spill.retry_ns > g->now_ns ? g->spill.retry_ns : 0);
-    return earlier(g->apply.retry_ns,
+    return earlier(apply_timer(g),
                    earlier(earlier(commit, pack_timer(g)),
                            c->limit_retry_ns > g->now_ns ? c->limit_retry_ns : 0));
 }

@@ -54,6 +54,7 @@ struct group {
     uint64_t seq;               /* of the next frame */
     bool batching;              /* see epoch_batch_begin() */
     uint64_t expected_blocks;   /* size hint for the next epoch's index */
+    uint32_t reads_busy;        /* guest reads that wait for an image */
     uint64_t now_ns;            /* CLOCK_MONOTONIC, as of this round */
     struct expander expand;     /* the reactor's */
     uint8_t *scratch;           /* BLOCK_BYTES */

@@ -14,7 +14,9 @@ enum mutant {
     MUTANT_IGNORE_IMAGE_ERROR,    /* move the head after a failed fdatasync of an image */
     MUTANT_HEAD_BEFORE_APPLY,     /* move the head before anything is applied */
     MUTANT_REUSE_BEFORE_HEAD,     /* overwrite records before the head's move is durable */
-    MUTANT_APPLY_BACKWARDS,       /* a record's epochs newest first */
+    MUTANT_APPLY_BACKWARDS,       /* of two versions of a block the older one */
+    MUTANT_MERGE_OLDER_THAN_ZEROES, /* blocks of epochs before a zero range, after it */
+    MUTANT_MERGE_DROPS_PARTS,     /* a newer part of a block hides all of an older version */
     MUTANT_ZEROES_UNORDERED,      /* blocks do not wait for zero ranges */
     MUTANT_NO_SUPER_SYNC,         /* superblock without fdatasync */
     MUTANT_SUPER_ONE_SLOT,        /* always the same superblock slot */

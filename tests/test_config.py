@@ -169,6 +169,7 @@ def test_every_key_counts(tmp_path: Path) -> None:
     settings = parse_toml(
         'name = "vm1"\nstate-dir = "/var/lib/vm1"\ncontrol = "ctl.sock"\narena-size = "64M"\n'
         "index-size = 2097152\njournal-size = 268435456\ncompress-level = 3\nspin-us = 0\n"
+        'apply-rate = "50M"\n'
         + disk_table(0, name='"root"', **{"read-only": "true"}, serial='"R00T"')
         + disk_table(1, image='"/other/1.img"')
     )
@@ -178,6 +179,7 @@ def test_every_key_counts(tmp_path: Path) -> None:
     assert (settings.arena_bytes, settings.journal_bytes) == (64 << 20, 256 << 20)
     assert settings.index_bytes == 2 << 20
     assert (settings.compress_level, settings.spin_us) == (3, 0)
+    assert settings.apply_rate == 50 << 20
     root, other = settings.disks
     assert (root.name, root.read_only, root.serial) == ("root", True, "R00T")
     assert (other.name, other.image) == ("1.img", Path("/other/1.img"))
@@ -229,6 +231,7 @@ def test_the_file_may_leave_the_disk_to_the_command_line() -> None:
         ("compress-level = true\n" + disk_table(0), "compress-level", "not an integer"),
         ("compress-level = 20\n" + disk_table(0), "compress-level", "0..19"),
         ("spin-us = -1\n" + disk_table(0), "spin-us", "-1"),
+        ("apply-rate = 0\n" + disk_table(0), "apply-rate", "out of range"),
         ("control = 5\n" + disk_table(0), "control", "not a string"),
         ('state-dir = ""\n' + disk_table(0), "state-dir", "empty"),
         ('name = "a/b"\n' + disk_table(0), "name", "letters"),

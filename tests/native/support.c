@@ -108,10 +108,16 @@ static uint32_t reap(struct disk *d, bool wait)
     if (m->hold && !wait)
         return 0;
     m->first = m->last = NULL;
-    for (; op; op = next, count++) {
-        int64_t result = run(m, op);
+    for (; op; op = next) {
+        int64_t result;
 
         next = op->next; /* the operation is the owner's again after done() */
+        if (m->hold_file[op->file]) {
+            submit(d, op);
+            continue;
+        }
+        count++;
+        result = run(m, op);
         m->done[op->file][op->opcode]++;
         op->done(op, result);
     }
@@ -190,6 +196,7 @@ void bench_kill(struct bench *b)
 {
     b->disk.first = b->disk.last = NULL;
     b->disk.hold = false;
+    memset(b->disk.hold_file, 0, sizeof(b->disk.hold_file));
     group_close(b->group);
     free(b->group);
     b->group = NULL;
@@ -223,6 +230,15 @@ void bench_end(struct bench *b)
     }
 }
 
+static bool deliverable(const struct memory_disk *m)
+{
+    const struct disk_op *op = m->hold ? NULL : m->first;
+
+    while (op && m->hold_file[op->file])
+        op = op->next;
+    return op;
+}
+
 void bench_settle(struct bench *b)
 {
     bool moved = true;
@@ -231,7 +247,7 @@ void bench_settle(struct bench *b)
         moved = disk_reap(&b->disk.disk, false) > 0;
         while (group_step(b->group))
             moved = true;
-        moved |= b->disk.first && !b->disk.hold;
+        moved |= deliverable(&b->disk);
     }
 }
 

@@ -51,6 +51,7 @@ struct memory_disk {
     uint32_t files;
     struct disk_op *first, *last;
     bool hold;                      /* reap() delivers nothing */
+    bool hold_file[FILES_MAX];      /* ... of these files */
     int fail[FILES_MAX][DISK_PUNCH + 1]; /* errno to fail with; 0: works */
     uint64_t done[FILES_MAX][DISK_PUNCH + 1];
 };

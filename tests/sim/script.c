@@ -30,6 +30,7 @@ static void make_setup(struct setup *u, struct rng *r)
     if (rng_chance(r, 50))
         u->fault_percent = 3 + rng_below(r, 20);
     u->no_fallocate = rng_chance(r, 20);
+    u->apply_rate = rng_chance(r, 15) ? 1u << (10 + rng_below(r, 12)) : 0;
     u->journal_fua = rng_chance(r, 70);
 }
 
@@ -246,11 +247,12 @@ void script_shrink(struct sim *s, struct script *p)
 
 void script_print(const struct script *p, FILE *out)
 {
-    fprintf(out, "    %u disks, ring of %llu pages, compression %d, %u %% faults%s%s\n",
+    fprintf(out, "    %u disks, ring of %llu pages, compression %d, %u %% faults%s%s, %llu bytes/s\n",
             p->setup.disks, (unsigned long long)p->setup.ring_bytes / PAGE,
             p->setup.compress_level, p->setup.fault_percent,
             p->setup.no_fallocate ? ", no fallocate" : "",
-            p->setup.journal_fua ? ", forced unit access" : "");
+            p->setup.journal_fua ? ", forced unit access" : "",
+            (unsigned long long)p->setup.apply_rate);
     for (uint32_t i = 0; i < p->steps; i++) {
         const struct step *t = &p->step[i];
 

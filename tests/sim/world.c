@@ -142,6 +142,7 @@ static void configure(struct world *w, const struct setup *setup)
     c->workers = 1;
     c->journal_fd = -1;
     c->journal_direct = c->journal_fua = setup->journal_fua;
+    c->apply_rate = setup->apply_rate;
     c->arena_fd = w->arena_fd;
     c->arena_bytes = w->arena_bytes - (SIM_SEGMENTS - setup->segments) * SEGMENT_BYTES;
     c->compress_level = setup->compress_level;

@@ -35,6 +35,7 @@ struct setup {
     int compress_level;
     uint32_t fault_percent;
     bool no_fallocate;
+    uint64_t apply_rate;
     bool journal_fua;
     bool sync_lies;
 };
