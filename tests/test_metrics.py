@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import Attach, StartDaemon
 from epochd.core import MetricsLayout
-from epochd.live import Histogram, LiveError, View, find
+from epochd.live import Histogram, LiveError, Snapshot, View, find
 from frontend import Type
 from harness import Daemon, DiskSpec, until
 
@@ -214,11 +214,17 @@ def test_rates_are_of_the_time_between_two_looks(agent: Daemon, attach: Attach) 
     for number in range(100):
         disk.write(8 * number, b"r" * BLOCK)
     view = View(agent.control.status()["live-view"])
+
+    def looked(writes: int) -> Snapshot:
+        """The driver sees an answer before the view counts it."""
+        until(f"{writes} writes counted", lambda: view.read().stages["write"].count >= writes)
+        return view.read()
+
     try:
-        before = view.read()
+        before = looked(100)
         for number in range(40):
             disk.write(8 * number, b"s" * BLOCK)
-        now = view.read()
+        now = looked(140)
     finally:
         view.close()
     between = now.stages["write"] - before.stages["write"]
