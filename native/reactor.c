@@ -340,7 +340,7 @@ static void settle(struct reactor *r)
 void *reactor_main(void *arg)
 {
     struct reactor *r = arg;
-    uint64_t spin_ns = (uint64_t)r->group.config.spin_us * 1000, last_work;
+    uint64_t most_ns = (uint64_t)r->group.config.spin_us * 1000, spin_ns = most_ns, last_work;
     bool moved = false;
 
     prctl(PR_SET_NAME, "reactor");
@@ -355,6 +355,7 @@ void *reactor_main(void *arg)
             sleep_until_work(r);
             last_work = now_ns();
             r->group.metrics.asleep_ns += last_work - r->group.now_ns;
+            spin_ns = reactor_spin(spin_ns, most_ns, last_work - r->group.now_ns);
         }
     }
     settle(r);

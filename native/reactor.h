@@ -3,8 +3,9 @@
  *
  * Commands: a locked list and an eventfd. Events: a locked list and another eventfd. Neither
  * lock is taken while requests are served. Busy, the reactor polls rings and completions;
- * after spin_us without work it asks the drivers for kicks and sleeps in io_uring, which
- * also waits for the eventfds.
+ * after a spin without work, at most spin_us, it asks the drivers for kicks and sleeps in
+ * io_uring, which also waits for the eventfds. Where work comes seldom it spins less: that would
+ * only cost more than the sleep.
  */
 #ifndef EPOCHD_REACTOR_H
 #define EPOCHD_REACTOR_H
@@ -53,6 +54,7 @@ struct event_node {
 };
 
 #define EVENTS_MAX 4096u          /* of the kinds that may be dropped */
+#define SPIN_NS_MIN 5000u         /* where spinning did not pay lately */
 #define POLL_BUDGET 64u           /* requests a ring a round */
 #define RINGS_MAX (CORE_DISKS_MAX * CORE_QUEUES_MAX)
 #define SETTLE_NS 500000000ull    /* at the end, for what is in flight */
@@ -88,6 +90,17 @@ struct reactor {
 struct core {
     struct reactor reactor;
 };
+
+/* The spin before the next sleep, after one that was so long: all of it when it would have met
+ * the work that ended the sleep, else half of the last one. */
+static inline uint64_t reactor_spin(uint64_t spin_ns, uint64_t most_ns, uint64_t slept_ns)
+{
+    uint64_t least = most_ns < SPIN_NS_MIN ? most_ns : SPIN_NS_MIN;
+
+    if (slept_ns < most_ns)
+        return most_ns;
+    return spin_ns / 2 > least ? spin_ns / 2 : least;
+}
 
 void *reactor_main(void *arg);
 void reactor_emit(struct reactor *r, const core_event *event);

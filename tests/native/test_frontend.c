@@ -559,6 +559,25 @@ static void a_lost_dirty_log_is_told(void **state)
     close(fd);
 }
 
+static void the_reactor_spins_where_that_pays(void **state)
+{
+    uint64_t spin = 100000;
+
+    (void)state;
+    for (int i = 0; i < 10; i++) { /* requests a millisecond apart: no spin would meet them */
+        uint64_t before = spin;
+
+        spin = reactor_spin(spin, 100000, 900000);
+        assert_true(spin < before || spin == SPIN_NS_MIN);
+    }
+    assert_int_equal(spin, SPIN_NS_MIN);
+    assert_int_equal(reactor_spin(spin, 100000, 100000), SPIN_NS_MIN);
+    assert_int_equal(reactor_spin(spin, 100000, 99999), 100000);
+    assert_int_equal(reactor_spin(0, 0, 0), 0); /* spin-us = 0 */
+    assert_int_equal(reactor_spin(0, 0, 900000), 0);
+    assert_int_equal(reactor_spin(2000, 2000, 900000), 2000);
+}
+
 #define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 int main(void)
@@ -577,6 +596,7 @@ int main(void)
         CASE(a_stop_waits_a_bounded_time_for_room_for_resubmits),
         CASE(answers_are_noted_in_the_region_they_began_in),
         CASE(requests_found_in_flight_are_done_at_one_start_only),
+        cmocka_unit_test(the_reactor_spins_where_that_pays),
         CASE(a_call_descriptor_is_told_at_once),
         CASE(a_lost_dirty_log_is_told),
     };
