@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from . import fio, show
@@ -11,11 +13,13 @@ from .agent import Agent
 from .bench import GIB, KIB, MIB, Bench, Context, not_held, of_load
 from .failures import FailedError
 from .load import blocks_of
+from .process import Server
 from .result import Sample, Target
 from .stats import quantile
 
 TIB = 1 << 40
 SETTLE_SECONDS = 60.0
+WAKES = 1000
 
 
 def arena_ratio(context: Context) -> None:
@@ -194,6 +198,45 @@ def idle(context: Context) -> None:
     context.pairs(ours, None, lambda value: f"{value:.2f} %")
 
 
+def wake(context: Context) -> None:
+    """Median latency of single writes that come a millisecond apart, driver and server both
+    asleep in between; what that costs of a core is told beside it."""
+    seconds = context.pick(5.0, 2.0)
+    context.row.settings["rate"] = WAKES
+    image = context.sparse("disk.img", GIB)
+    agent = context.agent(image, arena=64 * MIB, level=0)
+    context.trust(agent)
+    peer = context.vhost_peer(GIB, image)
+    shares: dict[str, list[float]] = {"ours": [], "theirs": []}
+
+    def sample(side: str, server: Server | None, socket: Path) -> Sample:
+        before = server.cpu_seconds() if server else 0.0
+        result = context.load(
+            server,
+            socket,
+            rw="randwrite",
+            bs="4k",
+            iodepth=1,
+            rate=WAKES,
+            seconds=seconds,
+            size=16 * MIB,
+            eventfd=True,
+        )
+        if server:
+            shares[side].append(100 * (server.cpu_seconds() - before) / seconds)
+        return of_load(result, result.latency_ns["p50"] / 1e3)
+
+    def ours() -> Sample:
+        taken = sample("ours", agent, agent.socket)
+        agent.discard()
+        return taken
+
+    context.pairs(ours, partial(sample, "theirs", *peer) if peer else None, show.microseconds)
+    for side, percent in shares.items():
+        if percent:
+            context.row.figures[f"{side}_cpu_percent"] = round(quantile(percent, 0.5), 2)
+
+
 def benches() -> list[Bench]:
     """In the order of the table."""
     cost = Target("ratio", "at most", 1.2)
@@ -237,5 +280,13 @@ def benches() -> list[Bench]:
             ("none",),
             Target("value", "at most", 0.5),
             idle,
+        ),
+        Bench(
+            "wake",
+            "median latency of 1000 single writes a second",
+            "us",
+            ("null", "image", "spdk"),
+            Target("ratio", "at most", 1.0),
+            wake,
         ),
     ]
