@@ -30,7 +30,7 @@ def hotpath() -> Path:
     env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"}
     steps = [["ninja", "-C", str(BUILD), "tests/budget/hotpath"]]
     if not (BUILD / "build.ninja").exists():
-        steps.insert(0, ["meson", "setup", str(BUILD), str(ROOT), "-Dtests=true"])
+        steps.insert(0, ["meson", "setup", str(BUILD), str(ROOT), "-Dtests=true", "-Db_lto=true"])
     for step in steps:
         done = subprocess.run(step, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
