@@ -538,7 +538,7 @@ void blk_expect(struct blk *b, struct chain *c)
         span_read(&from, &c->header, sizeof(c->header));
     if (c->out_count > 1) /* the data's first lines; the processor sees by itself what follows */
         for (uint32_t i = 0; i < 4; i++)
-            __builtin_prefetch(c->out[1].ptr + 64 * i);
+            prefetch(c->out[1].ptr + 64 * i);
     epoch_expect(&b->core->group, b->disk, c->header.sector / BLOCK_SECTORS);
 }
 

@@ -182,7 +182,7 @@ void epoch_fetch(const struct group *g, uint32_t disk, uint64_t block)
         return;
     at = (const uint8_t *)arena_frame(&g->arena, s->loc);
     for (uint32_t i = 0; i < FRAME_BYTES_MAX; i += 64)
-        __builtin_prefetch(at + i);
+        prefetch(at + i);
 }
 
 bool epoch_room(const struct group *g, uint64_t blocks)

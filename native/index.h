@@ -117,7 +117,7 @@ static inline void index_prefetch(const struct index *x, uint32_t disk, uint64_t
     if (x->shard) {
         const struct index_shard *s = index_shard_of(x, hash);
 
-        __builtin_prefetch(&s->bucket[index_home(x, s, hash)], 1);
+        prefetch(&s->bucket[index_home(x, s, hash)]);
     }
 }
 

@@ -189,7 +189,7 @@ static void prepare(struct group *g, struct epoch *e, const struct all_seen *all
     const struct frame_header *h;
 
     if (i + 2 * AHEAD < all->count)
-        __builtin_prefetch(arena_frame(&g->arena, all->at[i + 2 * AHEAD].loc));
+        prefetch(arena_frame(&g->arena, all->at[i + 2 * AHEAD].loc));
     if (i + AHEAD >= all->count)
         return;
     h = arena_frame(&g->arena, all->at[i + AHEAD].loc);

@@ -478,7 +478,7 @@ static bool prepare(struct ring *r, uint16_t head, struct chain *c)
         ring_break(r, "request at descriptor %u has no byte for its status", head);
         return false;
     }
-    __builtin_prefetch(c->in[c->in_count - 1].ptr, 1); /* where the status goes */
+    prefetch(c->in[c->in_count - 1].ptr); /* where the status goes */
     blk_expect(r->blk, c);
     return true;
 }
@@ -513,8 +513,8 @@ static void fetch_ahead(const struct ring *r, uint32_t ahead)
         return;
     table = memory_near(r->blk->memory, load_once(&r->desc[head].addr), 64);
     if (table) {
-        __builtin_prefetch(table);
-        __builtin_prefetch(table + 63);
+        prefetch(table);
+        prefetch(table + 63);
     }
 }
 

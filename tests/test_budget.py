@@ -73,3 +73,14 @@ def test_a_tenth_more_would_be_noticed(hotpath: Path) -> None:
     print(f"{plain:.0f} instructions a write, {slowed:.0f} with the waste")
     assert slowed > plain * 1.1
     assert not within(slowed, plain)
+
+
+def test_the_line_of_a_request_to_come_is_fetched(tmp_path: Path) -> None:
+    """A compiler that sees no effect in a prefetch drops the function around it, and all is slower
+    by a cache miss, with fewer instructions."""
+    out = str(tmp_path / "epoch.o")
+    flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O3"]
+    subprocess.run(["gcc", *flags, "-c", str(ROOT / "native" / "epoch.c"), "-o", out], check=True)
+    command = ["objdump", "--disassemble=epoch_expect", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "prefetch" in done.stdout, done.stdout
