@@ -153,8 +153,9 @@ static bool zero_step(struct group *g)
     if (a->range_done == a->range.end - a->range.first) {
         a->range_done = 0;
         a->zero_by_writes = false;
-        if (!ranges_next(&g->epoch[a->at]->index.ranges, &a->range)) {
-            a->at++;
+        if (!ranges_next(&g->epoch[a->at]->part[a->part].index.ranges, &a->range)) {
+            a->at += ++a->part == g->writers;
+            a->part %= g->writers;
             a->range = (struct range_extent){0};
         }
         return true;
@@ -181,7 +182,7 @@ static bool make_room(struct group *g)
     uint64_t slots = 0;
 
     for (uint32_t i = a->first; i < a->end; i++)
-        slots += g->epoch[i]->index.used;
+        slots += epoch_slots(g->epoch[i]);
     if (slots > APPLY_PIECE_BLOCKS)
         slots = APPLY_PIECE_BLOCKS;
     if (a->entries_max < slots) {
@@ -340,7 +341,7 @@ static void write_next(struct group *g, struct apply_batch *b)
 /* How many writes at once: a guest that waits for a read of the image waits for them, too. */
 static uint32_t depth(const struct group *g)
 {
-    return g->reads_busy > 0 ? APPLY_DEPTH_SHARED : APPLY_DEPTH;
+    return __atomic_load_n(&g->reads_busy, __ATOMIC_RELAXED) > 0 ? APPLY_DEPTH_SHARED : APPLY_DEPTH;
 }
 
 static bool batch_write(struct group *g, struct apply_batch *b)
@@ -442,11 +443,12 @@ static void begin_pass(struct group *g, uint32_t first)
 
     a->first = a->at = a->end = first;
     while (a->end < a->epochs && a->end - first < APPLY_PASS_EPOCHS) {
-        slots += g->epoch[a->end]->index.used;
+        slots += epoch_slots(g->epoch[a->end]);
         if (slots > APPLY_PASS_SLOTS && a->end > first)
             break;
         a->end++;
     }
+    a->part = 0;
     a->range = (struct range_extent){0};
     a->range_done = 0;
     a->zero_by_writes = false;
@@ -561,7 +563,7 @@ static void choose_records(struct group *g)
     while (a->records < j->pending_count) {
         end = epochs_up_to(g, pending(j, a->records)->epoch_last);
         while (n < end)
-            slots += g->epoch[n++]->index.used;
+            slots += epoch_slots(g->epoch[n++]);
         if (a->records > 0 && (slots > APPLY_PASS_SLOTS || end > APPLY_PASS_EPOCHS))
             break;
         a->epochs = end;

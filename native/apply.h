@@ -104,7 +104,7 @@ struct apply {
     uint64_t entries, entries_max;
     uint64_t next;               /* first entry not yet in a batch */
     uint64_t from, rest;         /* place of the piece, and of the one behind it */
-    uint32_t at;                 /* epoch whose ranges are in hand ... */
+    uint32_t at, part;           /* epoch, and part of it, whose ranges are in hand ... */
     struct range_extent range;   /* ... the one of them ... */
     uint64_t range_done;         /* ... and blocks of it that are done */
     uint32_t busy;               /* zero or sync operations, or the sorting job */

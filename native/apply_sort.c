@@ -17,13 +17,21 @@ static int by_place(const void *a, const void *b)
     return x->rank > y->rank ? -1 : 1;
 }
 
+static bool has_ranges(const struct epoch *e)
+{
+    for (uint32_t i = 0; i < e->group->writers; i++)
+        if (e->part[i].index.ranges.root)
+            return true;
+    return false;
+}
+
 /* Ranks of the pass's epochs that have zero ranges, newest first. */
 static uint32_t with_ranges(const struct apply *a, uint16_t *rank)
 {
     uint32_t n = 0;
 
     for (uint32_t i = a->end; i-- > a->first;)
-        if (a->group->epoch[i]->index.ranges.root)
+        if (has_ranges(a->group->epoch[i]))
             rank[n++] = (uint16_t)(i - a->first);
     return n;
 }
@@ -33,7 +41,7 @@ static bool covered(const struct apply *a, const uint16_t *ranged, uint32_t coun
                     const struct index_slot *s)
 {
     for (uint32_t i = 0; i < count && ranged[i] > rank; i++)
-        if (index_in_range(&a->group->epoch[a->first + ranged[i]]->index, s->disk,
+        if (index_in_range(epoch_index(a->group->epoch[a->first + ranged[i]], s->disk), s->disk,
                            index_slot_block(s)))
             return !mutant(MUTANT_MERGE_OLDER_THAN_ZEROES);
     return false;
@@ -84,9 +92,9 @@ static void make_room(struct apply *a)
     a->entries = keep;
 }
 
-static void collect(struct apply *a, uint32_t rank, const uint16_t *ranged, uint32_t count)
+static void collect(struct apply *a, const struct index *x, uint32_t rank, const uint16_t *ranged,
+                    uint32_t count)
 {
-    const struct index *x = &a->group->epoch[a->first + rank]->index;
     struct index_cursor at = {0};
     const struct index_slot *s;
 
@@ -112,6 +120,7 @@ void apply_sort(struct job *job, struct worker *w)
     (void)w;
     a->entries = 0;
     for (uint32_t rank = 0; rank < a->end - a->first; rank++)
-        collect(a, rank, ranged, count);
+        for (uint32_t i = 0; i < a->group->writers; i++)
+            collect(a, &a->group->epoch[a->first + rank]->part[i].index, rank, ranged, count);
     sort(a);
 }

@@ -249,19 +249,34 @@ void arena_collect_free(struct arena *a)
             a->spill_free_stack[a->spill_free_count++] = i;
 }
 
-uint32_t arena_segment_take(struct arena *a, uint64_t epoch, enum segment_state state)
+uint32_t arena_segment_reserve(struct arena *a)
 {
-    uint32_t segment;
+    return a->free_count > 0 ? a->free_stack[--a->free_count] : SEGMENT_NONE;
+}
 
-    if (a->free_count == 0)
-        return SEGMENT_NONE;
-    segment = a->free_stack[--a->free_count];
+void arena_segment_unreserve(struct arena *a, uint32_t segment)
+{
+    a->free_stack[a->free_count++] = segment;
+    check(a->free_count <= a->segments);
+}
+
+void arena_segment_begin(struct arena *a, uint32_t segment, uint64_t epoch,
+                         enum segment_state state)
+{
     a->next[segment] = a->previous[segment] = SEGMENT_NONE;
     a->use[segment] = (struct segment_use){.worn_at = UINT32_MAX,
                                            .generation = a->use[segment].generation + 1};
     a->desc[segment].epoch = epoch;
     a->desc[segment].tail = 0;
     __atomic_store_n(&a->desc[segment].state, state, __ATOMIC_RELEASE);
+}
+
+uint32_t arena_segment_take(struct arena *a, uint64_t epoch, enum segment_state state)
+{
+    uint32_t segment = arena_segment_reserve(a);
+
+    if (segment != SEGMENT_NONE)
+        arena_segment_begin(a, segment, epoch, state);
     return segment;
 }
 
@@ -300,8 +315,7 @@ void arena_segment_free(struct arena *a, uint32_t segment)
         arena_spill_give_back(a, segment);
         return;
     }
-    a->free_stack[a->free_count++] = segment;
-    check(a->free_count <= a->segments);
+    arena_segment_unreserve(a, segment);
 }
 
 bool frame_plausible(const struct frame_header *h, uint32_t room)

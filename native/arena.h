@@ -36,6 +36,8 @@ struct segment_use {
     uint32_t dead;          /* of those, how many point elsewhere by now */
     uint32_t worn_at;       /* `dead` at which pack_worn() has to look; UINT32_MAX: never */
     uint32_t generation;    /* changes when the segment is taken; never 0 */
+    uint32_t look_next;     /* of the segments that a writer wants looked at: see writer.h */
+    bool worn;              /* it is on its epoch's worn list */
 };
 
 struct arena {
@@ -79,7 +81,12 @@ void arena_detach(struct arena *a);
 /* After attach, every segment not FREE is the caller's to keep or free, then this once. */
 void arena_collect_free(struct arena *a);
 
-/* RAM only. */
+/* RAM only. reserve: takes it off the free ones, where a restart finds it still; begin: puts it
+ * to use; take: both. SEGMENT_NONE: there is none. */
+uint32_t arena_segment_reserve(struct arena *a);
+void arena_segment_unreserve(struct arena *a, uint32_t segment);
+void arena_segment_begin(struct arena *a, uint32_t segment, uint64_t epoch,
+                         enum segment_state state);
 uint32_t arena_segment_take(struct arena *a, uint64_t epoch, enum segment_state state);
 /* A segment of the spill file; it stays FREE for a restart until arena_spill_publish(). */
 uint32_t arena_spill_take(struct arena *a);
@@ -169,7 +176,7 @@ static inline arena_loc arena_frame_close(struct arena_cursor *at, uint32_t payl
 
 /* Publishes the frames up to the cursor: a reader or a restarted agent that sees the new tail
  * sees them whole. */
-static inline void arena_publish(struct arena *a, const struct arena_cursor *at)
+static inline void arena_publish(const struct arena *a, const struct arena_cursor *at)
 {
     copy_fence();
     __atomic_store_n(&a->desc[at->segment].tail, at->tail, __ATOMIC_RELEASE);

@@ -108,7 +108,7 @@ static void part_done(struct disk_op *op, int64_t result)
     struct blk *b = q->blk;
 
     b->reads_busy--;
-    b->core->group.reads_busy--;
+    __atomic_sub_fetch(&b->core->group.reads_busy, 1, __ATOMIC_RELAXED);
     if (result < 0) {
         q->status = VIRTIO_BLK_S_IOERR;
         group_log(&b->core->group, LOG_ERROR, "disk \"%s\": reading %llu bytes at %llu failed: %s",
@@ -184,7 +184,7 @@ static bool read_run(struct request *q, uint64_t sector, uint64_t sectors, struc
     }
     q->parts++;
     b->reads_busy++;
-    b->core->group.reads_busy++;
+    __atomic_add_fetch(&b->core->group.reads_busy, 1, __ATOMIC_RELAXED);
     disk_submit(b->core->group.disk, &p->op);
     return true;
 }
@@ -351,14 +351,25 @@ static uint8_t written(struct blk *b, struct ring *r, uint16_t head, const struc
 
 static bool room(struct blk *b, struct ring *r, uint64_t blocks)
 {
-    if (likely(epoch_room(&b->core->group, blocks)))
+    if (likely(epoch_room(b->writer, blocks)))
         return true;
     b->core->group.metrics.tracing = false; /* it is not taken */
     r->held = true;
+    r->held_told = false;
     r->held_blocks = blocks;
-    b->stats.held++;
-    group_hold(&b->core->group, blocks);
+    if (b->writer->shared)
+        writer_want(b->writer, blocks); /* before the next round it may have more */
+    else
+        blk_hold(r);
     return false;
+}
+
+void blk_hold(struct ring *r)
+{
+    if (!r->held_told)
+        r->blk->stats.held++;
+    r->held_told = true;
+    writer_hold(r->blk->writer, r->held_blocks);
 }
 
 /* Waits; but not what an earlier agent had taken, when a stop has waited for it too long. */
@@ -539,7 +550,7 @@ void blk_expect(struct blk *b, struct chain *c)
     if (c->out_count > 1) /* the data's first lines; the processor sees by itself what follows */
         for (uint32_t i = 0; i < 4; i++)
             prefetch(c->out[1].ptr + 64 * i);
-    epoch_expect(&b->core->group, b->disk, c->header.sector / BLOCK_SECTORS);
+    epoch_expect(b->writer, b->disk, c->header.sector / BLOCK_SECTORS);
 }
 
 __attribute__((noinline)) static void trace_begin(struct ring *r, const struct chain *c)
@@ -555,7 +566,7 @@ __attribute__((noinline)) static void trace_begin(struct ring *r, const struct c
 void blk_look_ahead(struct blk *b, const struct chain *c)
 {
     if (c->header.type == VIRTIO_BLK_T_IN && c->out_bytes >= sizeof(c->header))
-        epoch_fetch(&b->core->group, b->disk, c->header.sector / BLOCK_SECTORS);
+        epoch_fetch(b->writer, b->disk, c->header.sector / BLOCK_SECTORS);
 }
 
 bool blk_execute(struct ring *r, const struct chain *c)

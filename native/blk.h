@@ -53,6 +53,7 @@ struct blk_stats {
 
 struct blk {
     struct reactor *core;
+    struct writer *writer;
     uint32_t disk;
     const core_disk_config *config;
     uint64_t sectors;
@@ -84,6 +85,10 @@ void blk_expect(struct blk *b, struct chain *c);
 void blk_look_ahead(struct blk *b, const struct chain *c);
 /* Carries the request out; false: it is not taken, the ring is held until there is room. */
 bool blk_execute(struct ring *r, const struct chain *c);
+
+/* The ring's next request has no room still: the group hears of it (again, for others may have
+ * taken what was made free for it). */
+void blk_hold(struct ring *r);
 
 /* A VMM's main loop stands still until its stop is answered: so long a stop waits for a journal
  * that fails, or for room in the arena; what needs them is then answered with IOERR. */

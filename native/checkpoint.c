@@ -124,8 +124,6 @@ static int seal(struct group *g)
     if (!fresh)
         return -ENOMEM;
     old->state = CORE_EPOCH_SEALED;
-    /* Sized for what the last epoch needed: growing costs the guest time. */
-    g->expected_blocks = old->index.used;
     crash_point("seal-before-store");
     __atomic_store_n(&g->arena.header->open, fresh->id, __ATOMIC_RELEASE);
     crash_point("seal-after-store");

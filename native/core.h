@@ -26,6 +26,7 @@
 /* cdef-begin */
 #define CORE_DISKS_MAX 32       /* disks of a consistency group */
 #define CORE_QUEUES_MAX 16      /* virtqueues a disk */
+#define CORE_REACTORS_MAX 8     /* threads that serve the disks */
 #define CORE_QUEUE_SIZE_MAX 1024 /* entries a virtqueue; a power of two */
 #define CORE_REGIONS_MAX 256    /* guest memory regions a front end */
 #define CORE_EPOCHS_MAX 1024    /* epochs alive at once: open + sealed + committed */
@@ -33,7 +34,7 @@
 #define CORE_REQUEST_BYTES_MAX 67108864 /* data of a read or write; writes: half the arena too */
 #define CORE_DISCARD_SECTORS_MAX 4194304 /* sectors a DISCARD or WRITE_ZEROES: 2 GiB */
 #define CORE_ARENA_BYTES_MIN 8388608
-#define CORE_INDEX_BYTES_MIN 2097152 /* the largest write has room */
+#define CORE_INDEX_BYTES_MIN 2097152 /* a reactor: the largest write has room */
 #define CORE_INDEX_SHARE 4      /* by default: one part in so many of the arena's bytes */
 #define CORE_TEXT_MAX 256
 #define CORE_ERROR_MAX 1040     /* four sentences */
@@ -58,6 +59,8 @@ typedef struct {
 typedef struct {
     uint32_t disks;
     uint32_t workers;             /* helper threads; 0 is taken as 1 */
+    uint32_t reactors;            /* threads that serve the disks, disk d is the (d % reactors)th's;
+                                     0 is taken as 1 */
     int journal_fd;               /* O_RDWR */
     int journal_direct;           /* journal_fd was opened with O_DIRECT */
     int journal_fua;              /* its device makes single writes durable, without a flush */

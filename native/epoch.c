@@ -20,12 +20,14 @@ void segment_list_init(struct segment_list *l)
 void segment_list_append(struct arena *a, struct segment_list *l, uint32_t segment)
 {
     a->next[segment] = SEGMENT_NONE;
-    if (l->count++ == 0)
+    if (l->count == 0)
         l->first = segment;
     else
         a->next[l->last] = segment;
     a->previous[segment] = l->last;
     l->last = segment;
+    /* Other writers look whether the open epoch is empty. */
+    __atomic_store_n(&l->count, l->count + 1, __ATOMIC_RELAXED);
 }
 
 uint32_t segment_list_pop(struct arena *a, struct segment_list *l)
@@ -60,20 +62,42 @@ static void segment_list_free(struct arena *a, struct segment_list *l)
 
 /* ---- Life of an epoch ----------------------------------------------------------------- */
 
+/* The writers go on in this one. Older epochs' frames have lower numbers, whoever wrote them. */
+static void open_parts(struct group *g, struct epoch *e)
+{
+    uint64_t seq = 0;
+
+    for (uint32_t i = 0; i < g->writers; i++)
+        seq = g->writer[i].seq > seq ? g->writer[i].seq : seq;
+    for (uint32_t i = 0; i < g->writers; i++) {
+        struct writer *w = &g->writer[i];
+        struct epoch_part *p = &e->part[i];
+
+        p->epoch = e;
+        index_init(&p->index, &w->index_memory);
+        p->raw.segment = SEGMENT_NONE;
+        segment_list_init(&p->raw_list);
+        w->expected_blocks = w->open ? w->open->index.used : 0;
+        w->open = p;
+        w->seq = seq;
+    }
+}
+
 struct epoch *epoch_create(struct group *g, uint64_t id)
 {
+    size_t bytes = sizeof(struct epoch) + g->writers * sizeof(struct epoch_part);
     struct epoch *e;
 
     check(g->epochs < CORE_EPOCHS_MAX);
-    e = calloc(1, sizeof(*e));
+    e = aligned_alloc(_Alignof(struct epoch), bytes);
     if (!e)
         return NULL;
+    memset(e, 0, bytes);
     e->id = id;
     e->state = CORE_EPOCH_OPEN;
-    index_init(&e->index, &g->index_memory);
-    e->raw.segment = SEGMENT_NONE;
+    e->group = g;
     e->packed.segment = SEGMENT_NONE;
-    segment_list_init(&e->raw_list);
+    open_parts(g, e);
     segment_list_init(&e->kept_list);
     segment_list_init(&e->worn_list);
     segment_list_init(&e->spill_list);
@@ -89,9 +113,10 @@ struct epoch *epoch_create(struct group *g, uint64_t id)
 
 static void free_index(struct epoch *e)
 {
-    bool trim = e->adopted && index_bytes(&e->index) >= TRIM_BYTES;
+    bool trim = e->adopted && epoch_index_bytes(e) >= TRIM_BYTES;
 
-    index_free(&e->index);
+    for (uint32_t i = 0; i < e->group->writers; i++)
+        index_free(&e->part[i].index);
     if (trim)
         malloc_trim(0);
 }
@@ -105,23 +130,26 @@ static void bury(struct job *job, struct worker *w)
 static void buried(struct job *job)
 {
     struct epoch *e = job->owner;
+    struct group *g = e->group;
 
-    index_memory_count(&e->group->index_memory, e->grave.used);
-    e->group->burials--;
+    for (uint32_t i = 0; i < g->writers; i++)
+        index_memory_count(&g->writer[i].index_memory, e->part[i].grave.used);
+    g->burials--;
     free(e);
 }
 
 static void destroy(struct group *g, struct epoch *e)
 {
-    segment_list_free(&g->arena, &e->raw_list);
+    for (uint32_t i = 0; i < g->writers; i++)
+        segment_list_free(&g->arena, &e->part[i].raw_list);
     segment_list_free(&g->arena, &e->kept_list);
     segment_list_free(&g->arena, &e->worn_list);
     segment_list_free(&g->arena, &e->spill_list);
     segment_list_free(&g->arena, &e->spill_worn_list);
     pack_look(g);
-    if (e->index.used > EPOCH_INDEX_LARGE && g->worker.outstanding < WORKER_RING) {
-        e->group = g;
-        e->index.memory = &e->grave;
+    if (epoch_slots(e) > EPOCH_INDEX_LARGE && g->worker.outstanding < WORKER_RING) {
+        for (uint32_t i = 0; i < g->writers; i++)
+            e->part[i].index.memory = &e->part[i].grave;
         e->burial = (struct job){.run = bury, .done = buried, .owner = e};
         check(worker_submit(&g->worker, &e->burial, false));
         g->burials++;
@@ -166,36 +194,108 @@ struct epoch *epoch_by_id(const struct group *g, uint64_t id)
     return NULL;
 }
 
-/* ---- Writing -------------------------------------------------------------------------- */
-
-void epoch_expect(const struct group *g, uint32_t disk, uint64_t block)
+uint32_t epoch_segments(const struct epoch *e)
 {
-    index_prefetch(&epoch_open(g)->index, disk, block);
+    uint32_t segments = e->kept_list.count + e->worn_list.count + e->spill_list.count +
+                        e->spill_worn_list.count;
+
+    for (uint32_t i = 0; i < e->group->writers; i++)
+        segments += __atomic_load_n(&e->part[i].raw_list.count, __ATOMIC_RELAXED);
+    return segments;
 }
 
-void epoch_fetch(const struct group *g, uint32_t disk, uint64_t block)
+uint64_t epoch_logical_bytes(const struct epoch *e)
 {
-    const struct index_slot *s = index_find(&epoch_open(g)->index, disk, block);
+    uint64_t bytes = 0;
+
+    for (uint32_t i = 0; i < e->group->writers; i++)
+        bytes += e->part[i].logical_bytes;
+    return bytes;
+}
+
+uint64_t epoch_stored_bytes(const struct epoch *e)
+{
+    uint64_t bytes = e->stored_bytes; /* below zero while the packer is ahead */
+
+    for (uint32_t i = 0; i < e->group->writers; i++)
+        bytes += e->part[i].stored_bytes;
+    return bytes;
+}
+
+uint64_t epoch_slots(const struct epoch *e)
+{
+    uint64_t slots = 0;
+
+    for (uint32_t i = 0; i < e->group->writers; i++)
+        slots += e->part[i].index.used;
+    return slots;
+}
+
+uint64_t epoch_index_bytes(const struct epoch *e)
+{
+    uint64_t bytes = 0;
+
+    for (uint32_t i = 0; i < e->group->writers; i++)
+        bytes += index_bytes(&e->part[i].index);
+    return bytes;
+}
+
+struct epoch_part *epoch_part(const struct epoch *e, uint32_t disk)
+{
+    return (struct epoch_part *)&e->part[group_writer(e->group, disk)->number];
+}
+
+struct index *epoch_index(const struct epoch *e, uint32_t disk)
+{
+    return &epoch_part(e, disk)->index;
+}
+
+/* ---- Writing -------------------------------------------------------------------------- */
+
+void epoch_expect(const struct writer *w, uint32_t disk, uint64_t block)
+{
+    index_prefetch(&w->open->index, disk, block);
+}
+
+void epoch_fetch(const struct writer *w, uint32_t disk, uint64_t block)
+{
+    const struct index_slot *s = index_find(&w->open->index, disk, block);
     const uint8_t *at;
 
     if (!s || !s->mask)
         return;
-    at = (const uint8_t *)arena_frame(&g->arena, s->loc);
+    at = (const uint8_t *)arena_frame(&w->group->arena, s->loc);
     for (uint32_t i = 0; i < FRAME_BYTES_MAX; i += 64)
         prefetch(at + i);
 }
 
-bool epoch_room(const struct group *g, uint64_t blocks)
+/* Bytes behind the last frame. */
+static inline uint64_t room_here(const struct epoch_part *p)
 {
-    const struct epoch *e = g->epoch[g->epochs - 1];
-    uint64_t here = e->raw.segment != SEGMENT_NONE ? SEGMENT_BYTES - e->raw.tail : 0, segments;
+    return p->raw.segment != SEGMENT_NONE ? SEGMENT_BYTES - p->raw.tail : 0;
+}
 
-    if (unlikely(!index_room(&e->index, blocks)))
+uint32_t epoch_room_more(const struct writer *w, uint64_t blocks)
+{
+    uint64_t here = room_here(w->open);
+
+    if (blocks * FRAME_BYTES_MAX <= here)
+        return 0;
+    return (uint32_t)((blocks - here / FRAME_BYTES_MAX + SEGMENT_FRAMES_MIN - 1) /
+                      SEGMENT_FRAMES_MIN);
+}
+
+bool epoch_room(const struct writer *w, uint64_t blocks)
+{
+    const struct epoch_part *p = w->open;
+
+    if (unlikely(!index_room(&p->index, blocks)))
         return false;
-    if (likely(blocks * FRAME_BYTES_MAX <= here))
+    if (likely(blocks * FRAME_BYTES_MAX <= room_here(p)))
         return true;
-    segments = (blocks - here / FRAME_BYTES_MAX + SEGMENT_FRAMES_MIN - 1) / SEGMENT_FRAMES_MIN;
-    return g->arena.free_count >= segments + GROUP_RESERVED_SEGMENTS;
+    if (w->shared)
+        return w->stock_count >= epoch_room_more(w, blocks);
+    return w->group->arena.free_count >= epoch_room_more(w, blocks) + GROUP_RESERVED_SEGMENTS;
 }
 
 uint32_t epoch_room_segments(uint64_t blocks)
@@ -205,123 +305,139 @@ uint32_t epoch_room_segments(uint64_t blocks)
 }
 
 /* The next frame's header, in a new segment when this one is full. */
-static struct frame_header *begin(struct group *g, struct epoch *e, uint32_t payload_bytes)
+static struct frame_header *begin(struct writer *w, struct epoch_part *p, uint32_t payload_bytes)
 {
-    if (unlikely(!arena_fits(&e->raw, payload_bytes))) {
-        uint32_t segment = arena_segment_take(&g->arena, e->id, SEGMENT_RAW);
+    struct group *g = w->group;
+
+    if (unlikely(!arena_fits(&p->raw, payload_bytes))) {
+        uint32_t segment = writer_segment(w);
 
         check(segment != SEGMENT_NONE); /* epoch_room() was asked */
-        if (e->raw.segment != SEGMENT_NONE)
-            arena_publish(&g->arena, &e->raw);
-        segment_list_append(&g->arena, &e->raw_list, segment);
-        e->raw = (struct arena_cursor){.segment = segment};
-        pack_look(g);
-        group_pressure(g, false); /* told before a write has to wait */
+        if (p->raw.segment != SEGMENT_NONE)
+            arena_publish(&g->arena, &p->raw);
+        arena_segment_begin(&g->arena, segment, p->epoch->id, SEGMENT_RAW);
+        segment_list_append(&g->arena, &p->raw_list, segment);
+        p->raw = (struct arena_cursor){.segment = segment};
+        writer_look(w);
     }
-    return arena_frame_begin(&g->arena, &e->raw);
+    return arena_frame_begin(&g->arena, &p->raw);
 }
 
 /* The frame at the cursor, which has this header, is filled. */
-static inline arena_loc end(struct group *g, struct epoch *e, const struct frame_header *h)
+static inline arena_loc end(struct writer *w, struct epoch_part *p, const struct frame_header *h)
 {
     arena_loc loc;
 
-    e->stored_bytes += frame_bytes(h->payload_bytes);
+    p->stored_bytes += frame_bytes(h->payload_bytes);
     crash_point("frame-before-tail");
-    loc = arena_frame_close(&e->raw, h->payload_bytes);
-    if (!g->batching)
-        arena_publish(&g->arena, &e->raw);
+    loc = arena_frame_close(&p->raw, h->payload_bytes);
+    if (!w->batching)
+        arena_publish(&w->group->arena, &p->raw);
     return loc;
 }
 
-void epoch_batch_begin(struct group *g)
+void epoch_batch_begin(struct writer *w)
 {
-    g->batching = true;
+    writer_round(w);
+    w->batching = true;
 }
 
-void epoch_batch_publish(struct group *g)
+void epoch_batch_publish(struct writer *w)
 {
-    const struct arena_cursor *at = &epoch_open(g)->raw;
+    const struct arena *a = &w->group->arena;
+    const struct arena_cursor *at = &w->open->raw;
 
-    if (at->segment != SEGMENT_NONE && g->arena.desc[at->segment].tail != at->tail)
-        arena_publish(&g->arena, at);
+    if (at->segment != SEGMENT_NONE && a->desc[at->segment].tail != at->tail)
+        arena_publish(a, at);
 }
 
-void epoch_batch_end(struct group *g)
+void epoch_batch_end(struct writer *w)
 {
-    epoch_batch_publish(g);
-    g->batching = false;
+    epoch_batch_publish(w);
+    w->batching = false;
+    writer_round_over(w);
 }
 
-/* A slot's frame is not the newest any more. */
-static void slot_dies(struct group *g, struct epoch *e, arena_loc old)
+/* A slot's frame is not the newest any more. With several writers the one that makes `dead` come
+ * to the mark notes it: the mark stays until the group has looked. */
+static void slot_dies(struct writer *w, struct epoch_part *p, arena_loc old)
 {
     uint32_t segment = arena_loc_segment(old);
-    struct segment_use *u = &g->arena.use[segment];
+    struct segment_use *u = &w->group->arena.use[segment];
 
-    if (unlikely(++u->dead >= u->worn_at))
-        pack_worn(g, e, segment);
+    if (unlikely(w->shared)) {
+        if (__atomic_add_fetch(&u->dead, 1, __ATOMIC_RELAXED) == u->worn_at)
+            writer_worn(w, segment);
+    } else if (unlikely(++u->dead >= u->worn_at)) {
+        pack_worn(w->group, p->epoch, segment);
+    }
+}
+
+static inline void slot_more(const struct writer *w, arena_loc loc)
+{
+    struct segment_use *u = &w->group->arena.use[arena_loc_segment(loc)];
+
+    if (unlikely(w->shared))
+        __atomic_add_fetch(&u->slots, 1, __ATOMIC_RELAXED);
+    else
+        u->slots++;
 }
 
 /* Points the slot at the new frame. */
-static inline void repoint(struct group *g, struct epoch *e, struct index_slot *s, arena_loc loc,
-                           uint8_t mask)
+static inline void repoint(struct writer *w, struct epoch_part *p, struct index_slot *s,
+                           arena_loc loc, uint8_t mask)
 {
     arena_loc old = s->loc;
     uint8_t had = s->mask;
 
     crash_point("frame-before-index");
-    e->logical_bytes += (uint64_t)mask_bytes(mask) - mask_bytes(had);
+    p->logical_bytes += (uint64_t)mask_bytes(mask) - mask_bytes(had);
     s->loc = loc;
     s->mask = mask;
-    g->arena.use[arena_loc_segment(loc)].slots++;
+    slot_more(w, loc);
     if (had)
-        slot_dies(g, e, old);
+        slot_dies(w, p, old);
 }
 
-void epoch_point(struct group *g, struct epoch *e, struct index_slot *s, arena_loc loc,
+void epoch_point(struct writer *w, struct epoch_part *p, struct index_slot *s, arena_loc loc,
                  uint8_t mask)
 {
-    repoint(g, e, s, loc, mask);
+    repoint(w, p, s, loc, mask);
 }
 
 struct emptying {
-    struct group *g;
-    struct epoch *e;
+    struct writer *w;
+    struct epoch_part *p;
 };
 
 static void slot_emptied(void *owner, const struct index_slot *s)
 {
     struct emptying *m = owner;
 
-    m->e->logical_bytes -= mask_bytes(s->mask);
-    slot_dies(m->g, m->e, s->loc);
+    m->p->logical_bytes -= mask_bytes(s->mask);
+    slot_dies(m->w, m->p, s->loc);
 }
 
 /* A frame counts once for each of its ranges. */
 static void range_changed(void *owner, arena_loc loc, bool gone)
 {
     struct emptying *m = owner;
-    struct segment_use *u = &m->g->arena.use[arena_loc_segment(loc)];
 
-    if (gone) {
-        slot_dies(m->g, m->e, loc);
-        return;
-    }
-    if (u->worn_at == u->slots && u->slots > 1)
-        u->worn_at++; /* on the worn list until all is dead */
-    u->slots++;
+    if (gone)
+        slot_dies(m->w, m->p, loc);
+    else
+        slot_more(m->w, loc);
 }
 
-int epoch_put_range(struct group *g, struct epoch *e, uint32_t disk, uint64_t first, uint64_t end,
-                    uint32_t flags, arena_loc loc)
+int epoch_put_range(struct writer *w, struct epoch_part *p, uint32_t disk, uint64_t first,
+                    uint64_t end, uint32_t flags, arena_loc loc)
 {
     static const struct index_watch watch = {.emptied = slot_emptied, .changed = range_changed};
-    struct emptying m = {.g = g, .e = e};
-    int error = index_put_range(&e->index, disk, first, end, flags, loc, &watch, &m);
+    struct emptying m = {.w = w, .p = p};
+    int error = index_put_range(&p->index, disk, first, end, flags, loc, &watch, &m);
 
     if (!error)
-        g->arena.use[arena_loc_segment(loc)].slots++;
+        slot_more(w, loc);
     return error;
 }
 
@@ -335,57 +451,58 @@ static bool is_zero(const uint8_t *p, uint32_t bytes)
 }
 
 /* A frame did not expand. */
-static void lost(struct group *g, arena_loc loc)
+static void lost(struct writer *w, arena_loc loc)
 {
-    if (arena_spilled(&g->arena, loc))
-        spill_fault(g, -EIO);
+    if (arena_spilled(&w->group->arena, loc))
+        writer_fault(w, -EIO);
 }
 
 /* Part of a block: the frame carries what this epoch has of the block already and the new
- * sectors, so that a block needs one frame an epoch. Leaves all in g->scratch. */
-static int merge(struct group *g, struct epoch *e, const struct index_slot *s, uint32_t disk,
+ * sectors, so that a block needs one frame an epoch. Leaves all in w->scratch. */
+static int merge(struct writer *w, struct epoch_part *p, const struct index_slot *s, uint32_t disk,
                  uint64_t block, uint8_t mask, struct span_cursor *from, uint8_t *merged_mask)
 {
     uint8_t have = s->mask;
     int error;
 
-    if (!have && index_in_range(&e->index, disk, block)) {
-        memset(g->scratch, 0, BLOCK_BYTES);
+    if (!have && index_in_range(&p->index, disk, block)) {
+        memset(w->scratch, 0, BLOCK_BYTES);
         have = MASK_FULL;
     } else if (have & ~mask) {
-        error = frame_expand(&g->expand, &g->arena, s->loc, block, have & ~mask, g->scratch);
+        error = frame_expand(&w->expand, &w->group->arena, s->loc, block, have & ~mask,
+                             w->scratch);
         if (error) {
-            lost(g, s->loc);
+            lost(w, s->loc);
             return error;
         }
     }
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
         if (mask & 1u << i)
-            span_read(from, g->scratch + i * SECTOR_BYTES, SECTOR_BYTES);
+            span_read(from, w->scratch + i * SECTOR_BYTES, SECTOR_BYTES);
     *merged_mask = have | mask;
     return 0;
 }
 
-static inline struct frame_header header(struct group *g, uint32_t disk, uint64_t block,
+static inline struct frame_header header(struct writer *w, uint32_t disk, uint64_t block,
                                          uint8_t mask)
 {
-    return (struct frame_header){.kind = FRAME_RAW, .seq = g->seq++, .block = block, .blocks = 1,
+    return (struct frame_header){.kind = FRAME_RAW, .seq = w->seq++, .block = block, .blocks = 1,
                                  .disk = (uint8_t)disk, .mask = mask,
                                  .payload_bytes = mask_bytes(mask)};
 }
 
 
 /* The payload is in its place, its header is not. Zeroes are stored as nothing. */
-static void finish(struct group *g, struct epoch *e, struct frame_header *at,
+static void finish(struct writer *w, struct epoch_part *p, struct frame_header *at,
                    struct frame_header *h, struct index_slot *s)
 {
     if (is_zero((const uint8_t *)(at + 1), h->payload_bytes)) {
         h->kind = FRAME_ZERO;
         h->payload_bytes = 0;
-        g->stats.zero_frames++;
+        w->zero_frames++;
     }
     *at = *h;
-    repoint(g, e, s, end(g, e, h), h->mask);
+    repoint(w, p, s, end(w, p, h), h->mask);
 }
 
 /* A whole block in one piece whose first bytes are not zero: what nearly every write is. */
@@ -401,19 +518,19 @@ static inline bool may_stream(struct span_cursor *from)
 }
 
 /* One whole block from the cursor into the open epoch. */
-static inline int write_block(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
-                              struct span_cursor *from)
+static inline int write_block(struct writer *w, struct epoch_part *p, uint32_t disk,
+                              uint64_t block, struct span_cursor *from)
 {
     uint32_t faults = span_faults_now();
-    struct index_slot *s = index_slot(&e->index, disk, block, g->expected_blocks);
+    struct index_slot *s = index_slot(&p->index, disk, block, w->expected_blocks);
     struct frame_header *at, h;
     uint64_t got;
     bool streamed;
 
     if (unlikely(!s))
         return -ENOMEM;
-    at = begin(g, e, BLOCK_BYTES);
-    h = header(g, disk, block, MASK_FULL);
+    at = begin(w, p, BLOCK_BYTES);
+    h = header(w, disk, block, MASK_FULL);
     streamed = may_stream(from);
     if (likely(streamed))
         copy_frame((uint8_t *)at, &h, span_piece(from, BLOCK_BYTES, &got));
@@ -422,35 +539,35 @@ static inline int write_block(struct group *g, struct epoch *e, uint32_t disk, u
     if (unlikely(span_faults_now() != faults))
         return -EFAULT; /* the guest's memory vanished under the copy: publish nothing */
     if (likely(streamed))
-        repoint(g, e, s, end(g, e, &h), MASK_FULL);
+        repoint(w, p, s, end(w, p, &h), MASK_FULL);
     else
-        finish(g, e, at, &h, s);
+        finish(w, p, at, &h, s);
     return 0;
 }
 
 /* Part of a block. */
-static int write_part(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
+static int write_part(struct writer *w, struct epoch_part *p, uint32_t disk, uint64_t block,
                       uint8_t mask, struct span_cursor *from)
 {
     uint32_t faults = span_faults_now();
-    struct index_slot *s = index_slot(&e->index, disk, block, g->expected_blocks);
+    struct index_slot *s = index_slot(&p->index, disk, block, w->expected_blocks);
     struct frame_header *at, h;
     uint8_t *payload, carried;
-    int error = s ? merge(g, e, s, disk, block, mask, from, &carried) : -ENOMEM;
+    int error = s ? merge(w, p, s, disk, block, mask, from, &carried) : -ENOMEM;
 
     if (unlikely(error))
         return error;
-    at = begin(g, e, BLOCK_BYTES);
-    h = header(g, disk, block, carried);
+    at = begin(w, p, BLOCK_BYTES);
+    h = header(w, disk, block, carried);
     payload = (uint8_t *)(at + 1);
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
         if (carried & 1u << i) {
-            memcpy(payload, g->scratch + i * SECTOR_BYTES, SECTOR_BYTES);
+            memcpy(payload, w->scratch + i * SECTOR_BYTES, SECTOR_BYTES);
             payload += SECTOR_BYTES;
         }
     if (unlikely(span_faults_now() != faults))
         return -EFAULT;
-    finish(g, e, at, &h, s);
+    finish(w, p, at, &h, s);
     return 0;
 }
 
@@ -469,14 +586,15 @@ int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cur
                 uint64_t bytes)
 {
     uint64_t sectors = bytes / SECTOR_BYTES;
-    struct epoch *e = epoch_open(g);
+    struct writer *w = group_writer(g, disk);
+    struct epoch_part *p = w->open;
 
     if (sectors == 0) /* legal; a frame of no sectors is not */
         return 0;
     for (uint64_t block = sector / BLOCK_SECTORS; block * BLOCK_SECTORS < sector + sectors; block++) {
         uint8_t mask = block_mask(block, sector, sectors);
-        int error = likely(mask == MASK_FULL) ? write_block(g, e, disk, block, from)
-                                              : write_part(g, e, disk, block, mask, from);
+        int error = likely(mask == MASK_FULL) ? write_block(w, p, disk, block, from)
+                                              : write_part(w, p, disk, block, mask, from);
 
         if (unlikely(error))
             return error;
@@ -485,7 +603,7 @@ int epoch_write(struct group *g, uint32_t disk, uint64_t sector, struct span_cur
 }
 
 /* Whole blocks become zero: one frame; a slot for one, a range for more. */
-static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t block,
+static int zero_blocks(struct writer *w, struct epoch_part *p, uint32_t disk, uint64_t block,
                        uint64_t blocks, uint32_t flags)
 {
     struct index_slot *s = NULL;
@@ -494,31 +612,32 @@ static int zero_blocks(struct group *g, struct epoch *e, uint32_t disk, uint64_t
     int error;
 
     if (blocks == 1) {
-        s = index_slot(&e->index, disk, block, g->expected_blocks);
+        s = index_slot(&p->index, disk, block, w->expected_blocks);
         if (!s)
             return -ENOMEM;
     }
-    at = begin(g, e, 0);
+    at = begin(w, p, 0);
     if (blocks > 1) {
-        loc = arena_loc_of(e->raw.segment, e->raw.tail);
-        error = epoch_put_range(g, e, disk, block, block + blocks, flags, loc);
+        loc = arena_loc_of(p->raw.segment, p->raw.tail);
+        error = epoch_put_range(w, p, disk, block, block + blocks, flags, loc);
         if (error)
             return error;
     }
-    *at = (struct frame_header){.kind = FRAME_ZERO, .seq = g->seq++, .block = block,
+    *at = (struct frame_header){.kind = FRAME_ZERO, .seq = w->seq++, .block = block,
                                 .blocks = (uint32_t)blocks, .disk = (uint8_t)disk,
                                 .mask = MASK_FULL, .flags = (uint8_t)flags};
-    loc = end(g, e, at);
-    g->stats.zero_frames++;
+    loc = end(w, p, at);
+    w->zero_frames++;
     if (s)
-        repoint(g, e, s, loc, MASK_FULL);
+        repoint(w, p, s, loc, MASK_FULL);
     return 0;
 }
 
 int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors, uint32_t flags)
 {
     static uint8_t zeroes[BLOCK_BYTES];
-    struct epoch *e = epoch_open(g);
+    struct writer *w = group_writer(g, disk);
+    struct epoch_part *p = w->open;
     uint64_t end_sector = sector + sectors;
     uint64_t first = (sector + BLOCK_SECTORS - 1) / BLOCK_SECTORS;
     uint64_t last = end_sector / BLOCK_SECTORS;
@@ -531,14 +650,14 @@ int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors
         struct span_cursor from = span_start(&span, 1);
         uint64_t block = sector / BLOCK_SECTORS;
 
-        error = write_part(g, e, disk, block, block_mask(block, sector, sectors), &from);
+        error = write_part(w, p, disk, block, block_mask(block, sector, sectors), &from);
     }
     if (!error && first < last)
-        error = zero_blocks(g, e, disk, first, last - first, flags);
+        error = zero_blocks(w, p, disk, first, last - first, flags);
     if (!error && end_sector % BLOCK_SECTORS && last >= first) {
         struct span_cursor from = span_start(&span, 1);
 
-        error = write_part(g, e, disk, last, block_mask(last, sector, sectors), &from);
+        error = write_part(w, p, disk, last, block_mask(last, sector, sectors), &from);
     }
     return error;
 }
@@ -546,48 +665,50 @@ int epoch_zero(struct group *g, uint32_t disk, uint64_t sector, uint64_t sectors
 /* ---- Reading -------------------------------------------------------------------------- */
 
 /* All of the block, when that lies somewhere as it is; else NULL. */
-static const uint8_t *whole_block(struct group *g, arena_loc loc, uint64_t block, uint8_t want,
+static const uint8_t *whole_block(struct writer *w, arena_loc loc, uint64_t block, uint8_t want,
                                   int *error)
 {
-    const struct frame_header *h = arena_frame(&g->arena, loc);
+    const struct arena *a = &w->group->arena;
+    const struct frame_header *h = arena_frame(a, loc);
     const uint8_t *cluster;
 
-    if (unlikely(arena_spilled(&g->arena, loc)) || h->mask != MASK_FULL)
+    if (unlikely(arena_spilled(a, loc)) || h->mask != MASK_FULL)
         return NULL; /* what lies in the file may go away at any time */
     if (h->kind == FRAME_RAW)
         return (const uint8_t *)(h + 1);
     if (h->kind != FRAME_CLUSTER)
         return NULL;
-    cluster = cluster_expand(&g->expand, &g->arena, loc, h);
+    cluster = cluster_expand(&w->expand, a, loc, h);
     if (!cluster) {
         *error = -EIO;
         return NULL;
     }
-    g->expand.wanted_bytes += mask_bytes(want);
+    w->expand.wanted_bytes += mask_bytes(want);
     return cluster + (block - h->block) * BLOCK_BYTES;
 }
 
 int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uint8_t *out,
                const uint8_t **direct)
 {
+    struct writer *w = group_writer(g, disk);
     uint8_t found = 0;
     int error = 0;
 
     *direct = NULL;
     for (uint32_t i = g->epochs; i-- > 0 && found != want;) {
-        struct index *x = &g->epoch[i]->index;
+        const struct index *x = &g->epoch[i]->part[w->number].index;
         const struct index_slot *s = index_find(x, disk, block);
         uint8_t here = s ? s->mask & want & ~found : 0;
 
         if (here) {
-            const uint8_t *at = here == want ? whole_block(g, s->loc, block, want, &error) : NULL;
+            const uint8_t *at = here == want ? whole_block(w, s->loc, block, want, &error) : NULL;
 
             if (at) {
                 *direct = at + (uint32_t)__builtin_ctz(want) * SECTOR_BYTES;
                 return want;
             }
-            if (error || frame_expand(&g->expand, &g->arena, s->loc, block, here, out)) {
-                lost(g, s->loc);
+            if (error || frame_expand(&w->expand, &g->arena, s->loc, block, here, out)) {
+                lost(w, s->loc);
                 return -EIO;
             }
             found |= here;

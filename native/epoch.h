@@ -3,8 +3,9 @@
  *     OPEN --seal--> SEALED --commit--> COMMITTED --apply--> freed
  *       \______________\___discard___> freed
  *
- * Owner: the reactor thread. Epochs are kept oldest first; the last one is open. A helper
- * job pins its epoch (`jobs`); an epoch dropped meanwhile goes with its last job.
+ * Owner: the group's. Epochs are kept oldest first; the last one is open. Of the open one each
+ * writer changes its own part, within its rounds (writer.h); reads go to the disk's part of
+ * each. A helper job pins its epoch (`jobs`); an epoch dropped meanwhile goes with its last job.
  * Errors: -ENOMEM (index), -EIO (a frame that does not expand), -EFAULT (guest memory vanished
  * under the copy). Running out of arena, or of
  * memory that the index may take, is not an error: ask epoch_room() first, then the write
@@ -23,31 +24,41 @@
 #include "worker.h"
 
 struct group;
+struct writer;
 
 /* Segments of one epoch, linked by arena.next and arena.previous. */
 struct segment_list {
     uint32_t first, last, count;
 };
 
+/* What one writer has put into it: blocks of its disks only. A restart may find all raw segments
+ * in the first part. */
+struct epoch_part {
+    struct epoch *epoch;
+    struct index index;
+    struct arena_cursor raw;
+    struct segment_list raw_list;  /* RAW, not looked at by the packer yet */
+    uint64_t logical_bytes;        /* guest bytes that the index stands for, ranges aside */
+    uint64_t stored_bytes;         /* of frames that were written here */
+    struct index_memory grave;     /* counts what freeing a large index gives back */
+} __attribute__((aligned(64)));
+
 struct epoch {
     uint64_t id;
     enum core_epoch_state state;
-    struct index index;
-    struct arena_cursor raw, packed;
-    struct segment_list raw_list;  /* RAW, not looked at by the packer yet */
+    struct arena_cursor packed;
     struct segment_list kept_list; /* PACKED, and RAW ones that are not worth packing */
     struct segment_list worn_list; /* of those, the ones that are half dead: see pack.h */
     struct segment_list spill_list; /* kept in the spill file */
     struct segment_list spill_worn_list;
-    uint64_t logical_bytes;        /* guest bytes that the index stands for, ranges aside */
-    uint64_t stored_bytes;         /* of frames */
+    uint64_t stored_bytes;         /* of frames: this and the parts' are the sum */
     uint32_t jobs;                 /* helper jobs that use its segments or index */
     bool adopted;                  /* its frames were in the arena at the start */
     bool frozen;                   /* no more packing: a commit or an apply reads it */
     bool dropped;
     struct job burial;             /* frees a large index */
-    struct index_memory grave;     /* ... and counts there what that gives back */
     struct group *group;
+    struct epoch_part part[];      /* one a writer */
 };
 
 /* An index of more slots is freed by the helper: giving back its pages takes long. */
@@ -67,30 +78,37 @@ void epoch_job_done(struct group *g, struct epoch *e);
 
 struct epoch *epoch_open(const struct group *g);
 struct epoch *epoch_by_id(const struct group *g, uint64_t id);
-static inline uint32_t epoch_segments(const struct epoch *e)
-{
-    return e->raw_list.count + e->kept_list.count + e->worn_list.count + e->spill_list.count +
-           e->spill_worn_list.count;
-}
+uint32_t epoch_segments(const struct epoch *e);
 static inline bool epoch_empty(const struct epoch *e)
 {
     return epoch_segments(e) == 0;
 }
+/* Sums over the parts: guest bytes, bytes of frames, slots and bytes of the index. */
+uint64_t epoch_logical_bytes(const struct epoch *e);
+uint64_t epoch_stored_bytes(const struct epoch *e);
+uint64_t epoch_slots(const struct epoch *e);
+uint64_t epoch_index_bytes(const struct epoch *e);
+/* That of the disk's writer, and its index. */
+struct epoch_part *epoch_part(const struct epoch *e, uint32_t disk);
+struct index *epoch_index(const struct epoch *e, uint32_t disk);
 
 /* A request for the block comes next: gets what it will look up under way to the cache. */
-void epoch_expect(const struct group *g, uint32_t disk, uint64_t block);
+void epoch_expect(const struct writer *w, uint32_t disk, uint64_t block);
 
 /* A read of the block comes soon: gets what the open epoch has of it under way. */
-void epoch_fetch(const struct group *g, uint32_t disk, uint64_t block);
+void epoch_fetch(const struct writer *w, uint32_t disk, uint64_t block);
 
-/* Between begin and end, frames are not shown one by one: publish shows all so far, and must
- * come before any of their requests is answered. Nothing else may look at the arena then. */
-void epoch_batch_begin(struct group *g);
-void epoch_batch_publish(struct group *g);
-void epoch_batch_end(struct group *g);
+/* A writer's round. Between begin and end, frames are not shown one by one: publish shows all so
+ * far, and must come before any of their requests is answered. Nothing else may look at the
+ * arena then. */
+void epoch_batch_begin(struct writer *w);
+void epoch_batch_publish(struct writer *w);
+void epoch_batch_end(struct writer *w);
 
 /* Is there room in arena and index for a request that touches `blocks` blocks? */
-bool epoch_room(const struct group *g, uint64_t blocks);
+bool epoch_room(const struct writer *w, uint64_t blocks);
+/* Segments that it may need behind the one that is being filled. */
+uint32_t epoch_room_more(const struct writer *w, uint64_t blocks);
 /* The free segments with which there surely is. */
 uint32_t epoch_room_segments(uint64_t blocks);
 
@@ -112,9 +130,9 @@ int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uin
 int epoch_reindex(struct group *g, struct epoch *e);
 /* Points the block's slot at a newer frame, or makes blocks a zero range of that frame; counts
  * what dies. */
-void epoch_point(struct group *g, struct epoch *e, struct index_slot *s, arena_loc loc,
+void epoch_point(struct writer *w, struct epoch_part *p, struct index_slot *s, arena_loc loc,
                  uint8_t mask);
-int epoch_put_range(struct group *g, struct epoch *e, uint32_t disk, uint64_t first, uint64_t end,
-                    uint32_t flags, arena_loc loc);
+int epoch_put_range(struct writer *w, struct epoch_part *p, uint32_t disk, uint64_t first,
+                    uint64_t end, uint32_t flags, arena_loc loc);
 
 #endif

@@ -19,6 +19,7 @@ void blk_init(struct blk *b, struct reactor *core, uint32_t disk)
 {
     memset(b, 0, sizeof(*b));
     b->core = core;
+    b->writer = group_writer(&core->group, disk);
     b->disk = disk;
     b->config = &core->group.config.disk[disk];
     b->sectors = b->config->size_bytes / SECTOR_BYTES;

@@ -25,23 +25,57 @@ void group_close(struct group *g)
     while (g->epochs > 0) {
         struct epoch *e = g->epoch[--g->epochs];
 
-        index_free(&e->index); /* the segments stay in the arena */
+        for (uint32_t i = 0; i < g->writers; i++)
+            index_free(&e->part[i].index); /* the segments stay in the arena */
         free(e);
     }
     apply_free(g);
     pack_free(g);
     journal_free(&g->journal);
-    index_memory_free(&g->index_memory);
+    for (uint32_t i = 0; i < g->writers; i++)
+        writer_free(&g->writer[i]);
     arena_detach(&g->arena);
-    expander_stop(&g->expand);
-    free(g->scratch);
-    g->scratch = NULL;
+}
+
+uint64_t group_index_used(const struct group *g)
+{
+    int64_t used = 0;
+
+    for (uint32_t i = 0; i < g->writers; i++)
+        used += g->writer[i].index_memory.used + g->writer[i].open->index.growth;
+    return (uint64_t)used;
+}
+
+uint64_t group_index_limit(const struct group *g)
+{
+    return (uint64_t)g->writer[0].index_memory.limit * g->writers;
+}
+
+uint64_t group_written(const struct group *g)
+{
+    uint64_t written = 0;
+
+    for (uint32_t i = 0; i < g->writers; i++)
+        written += g->writer[i].seq;
+    return written;
+}
+
+uint64_t group_zero_frames(const struct group *g)
+{
+    uint64_t frames = 0;
+
+    for (uint32_t i = 0; i < g->writers; i++)
+        frames += g->writer[i].zero_frames;
+    return frames;
 }
 
 bool group_step(struct group *g)
 {
-    bool moved = worker_reap(&g->worker) > 0;
+    bool moved;
 
+    if (unlikely(g->writers > 1))
+        writers_serve(g); /* first: what they have noted is as of their last rounds */
+    moved = worker_reap(&g->worker) > 0;
     moved |= worker_reap(&g->packer) > 0;
     moved |= checkpoint_step(g);
     moved |= journal_step(g);
@@ -126,18 +160,34 @@ void group_io_error(struct group *g, enum group_trouble kind, uint32_t disk, int
     group_emit(g, &event);
 }
 
-void group_hold(struct group *g, uint64_t blocks)
+void group_hold(struct writer *w, uint64_t blocks)
 {
-    bool by_index = !index_room(&epoch_open(g)->index, blocks);
+    struct group *g = w->group;
+    bool by_index = !index_room(&w->open->index, blocks);
 
     spill_hold(g, epoch_room_segments(blocks));
     /* If it is for a moment only, it is not told: the disk will make room. */
     group_pressure(g, by_index || !spill_may_help(g));
 }
 
+/* Of the writer's share that is fullest. */
+static uint64_t index_percent(const struct group *g)
+{
+    uint64_t most = 0;
+
+    for (uint32_t i = 0; i < g->writers; i++) {
+        const struct writer *w = &g->writer[i];
+        uint64_t used = (uint64_t)(w->index_memory.used + w->open->index.growth);
+        uint64_t percent = used * 100 / (uint64_t)w->index_memory.limit;
+
+        most = percent > most ? percent : most;
+    }
+    return most;
+}
+
 uint32_t group_limit_percent(const struct group *g)
 {
-    uint64_t index = group_index_used(g) * 100 / (uint64_t)g->index_memory.limit;
+    uint64_t index = index_percent(g);
     uint32_t arena = group_pressure_percent(g);
 
     return index > arena ? index > 100 ? 100 : (uint32_t)index : arena;

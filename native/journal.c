@@ -243,7 +243,7 @@ static void checksum_run(struct job *job, struct worker *w)
         struct commit_segment *s = &c->segment[i];
 
         if (s->segment >= g->arena.segments)
-            c->spill_lost |= !spilled_checksum(w ? &w->expand : &g->expand, &g->arena, s);
+            c->spill_lost |= !spilled_checksum(w ? &w->expand : &g->writer[0].expand, &g->arena, s);
         else
             c->damaged |= !segment_checksum(&g->arena, s);
     }
@@ -367,7 +367,8 @@ static int lay_out(struct group *g)
 
         if (e->id < c->first || e->id > c->last)
             continue;
-        error = add_segments(g, e, &e->raw_list);
+        for (uint32_t n = 0; n < g->writers && !error; n++)
+            error = add_segments(g, e, &e->part[n].raw_list);
         if (!error)
             error = add_segments(g, e, &e->kept_list);
         if (!error)

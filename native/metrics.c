@@ -164,11 +164,11 @@ static void picture_group(const struct group *g, struct metrics_state *s)
     s->applied = g->applied;
     s->epochs = g->epochs;
     s->arena_bytes = (uint64_t)(a->segments - GROUP_RESERVED_SEGMENTS) * SEGMENT_BYTES;
-    s->arena_used = (uint64_t)(a->segments - a->free_count) * SEGMENT_BYTES;
+    s->arena_used = (uint64_t)(a->segments - group_free(g)) * SEGMENT_BYTES;
     if (s->arena_used > s->arena_bytes)
         s->arena_used = s->arena_bytes; /* packing is using its reserve */
     s->arena_percent = group_pressure_percent(g);
-    s->index_size = (uint64_t)g->index_memory.limit;
+    s->index_size = group_index_limit(g);
     s->index_used = group_index_used(g);
     s->journal_bytes = g->journal.ring_bytes;
     s->journal_used = journal_used(&g->journal);
@@ -178,7 +178,7 @@ static void picture_group(const struct group *g, struct metrics_state *s)
     s->discards = g->stats.discards;
     s->compressed_frames = g->stats.compressed_frames;
     s->incompressible_frames = g->stats.incompressible_frames;
-    s->zero_frames = g->stats.zero_frames;
+    s->zero_frames = group_zero_frames(g);
     s->dropped_frames = g->stats.dropped_frames;
     s->compress_ns = g->stats.compress_ns;
     s->journal_written = g->stats.journal_bytes;
@@ -188,9 +188,9 @@ static void picture_group(const struct group *g, struct metrics_state *s)
         return; /* the last sums stand */
     s->logical_bytes = s->stored_bytes = s->index_bytes = 0;
     for (uint32_t i = 0; i < g->epochs; i++) {
-        s->logical_bytes += g->epoch[i]->logical_bytes;
-        s->stored_bytes += g->epoch[i]->stored_bytes;
-        s->index_bytes += index_bytes(&g->epoch[i]->index);
+        s->logical_bytes += epoch_logical_bytes(g->epoch[i]);
+        s->stored_bytes += epoch_stored_bytes(g->epoch[i]);
+        s->index_bytes += epoch_index_bytes(g->epoch[i]);
     }
 }
 

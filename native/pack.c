@@ -56,16 +56,18 @@ void pack_worn(struct group *g, struct epoch *e, uint32_t segment)
     struct segment_list *kept_list = ram ? &e->kept_list : &e->spill_list;
     struct segment_list *worn_list = ram ? &e->worn_list : &e->spill_worn_list;
     struct segment_use *u = &g->arena.use[segment];
-    bool worn = u->worn_at == u->slots && u->slots > 1;
 
-    if (u->dead < u->slots) {
+    if (u->dead < u->slots && !u->worn) {
         segment_list_remove(&g->arena, kept_list, segment);
         segment_list_append(&g->arena, worn_list, segment);
-        u->worn_at = u->slots;
+        u->worn = true;
         pack_look(g);
+    }
+    if (u->dead < u->slots) {
+        u->worn_at = u->slots;
         return;
     }
-    segment_list_remove(&g->arena, worn ? worn_list : kept_list, segment);
+    segment_list_remove(&g->arena, u->worn ? worn_list : kept_list, segment);
     segment_list_append(&g->arena, &g->pack.dead_list, segment);
     e->stored_bytes -= arena_tail(&g->arena, segment);
     g->stats.dropped_frames += u->dead;
@@ -75,6 +77,7 @@ void pack_keep(struct group *g, struct epoch *e, uint32_t segment)
 {
     segment_list_append(&g->arena, segment < g->arena.segments ? &e->kept_list : &e->spill_list,
                         segment);
+    g->arena.use[segment].worn = false;
     watch(g, e, segment);
 }
 
@@ -116,7 +119,7 @@ static void undo(struct group *g, struct pack *p, struct epoch *e)
     } else if (p->reclaim) {
         pack_keep(g, e, p->source);
     } else {
-        segment_list_append(&g->arena, &e->raw_list, p->source);
+        segment_list_append(&g->arena, &p->part->raw_list, p->source);
     }
     finish(g, p, e);
 }
@@ -143,12 +146,12 @@ static void repoint(struct group *g, struct epoch *e, const struct pack_move *f)
     struct segment_use *u = &g->arena.use[arena_loc_segment(f->new)];
 
     if (f->range) {
-        u->slots += ranges_repoint(&e->index.ranges, f->disk, f->block, f->block + f->blocks,
-                                   f->old, f->new);
+        u->slots += ranges_repoint(&epoch_index(e, f->disk)->ranges, f->disk, f->block,
+                                   f->block + f->blocks, f->old, f->new);
         return;
     }
     for (uint32_t i = 0; i < f->blocks; i++) {
-        struct index_slot *s = index_find(&e->index, f->disk, f->block + i);
+        struct index_slot *s = index_find(epoch_index(e, f->disk), f->disk, f->block + i);
 
         if (s && s->mask && s->loc == f->old) {
             s->loc = f->new;
@@ -190,7 +193,7 @@ static void adopt_piece(struct group *g, struct pack *p, struct epoch *e)
 
     if (!e->dropped) {
         for (uint32_t i = p->next; i < end; i++)
-            index_prefetch(&e->index, p->move[i].disk, p->move[i].block);
+            index_prefetch(epoch_index(e, p->move[i].disk), p->move[i].disk, p->move[i].block);
         for (uint32_t i = p->next; i < end; i++)
             repoint(g, e, &p->move[i]);
     }
@@ -212,12 +215,13 @@ static void start_job(struct group *g, struct pack *p)
 static uint8_t alive(const struct epoch *e, const struct frame_header *h, arena_loc loc)
 {
     uint32_t blocks = h->kind == FRAME_CLUSTER ? h->blocks : 1;
+    const struct index *x = epoch_index(e, h->disk);
     uint8_t bits = 0;
 
     if (h->kind == FRAME_ZERO && h->blocks > 1)
-        return ranges_left(&e->index.ranges, h->disk, h->block, h->block + h->blocks, loc);
+        return ranges_left(&x->ranges, h->disk, h->block, h->block + h->blocks, loc);
     for (uint32_t i = 0; i < blocks; i++) {
-        const struct index_slot *s = index_find(&e->index, h->disk, h->block + i);
+        const struct index_slot *s = index_find(x, h->disk, h->block + i);
 
         if (s && s->mask && s->loc == loc)
             bits |= (uint8_t)(1u << i);
@@ -242,7 +246,7 @@ static void gather_piece(struct group *g, struct pack *p, struct epoch *e)
 
     while (n < PACK_PIECE && (h = frame_next(from, tail, &p->source_offset))) {
         for (uint32_t i = 0; i < h->blocks && i < CLUSTER_BLOCKS; i++)
-            index_prefetch(&e->index, h->disk, h->block + i);
+            index_prefetch(epoch_index(e, h->disk), h->disk, h->block + i);
         piece[n++].loc = arena_loc_of(p->source, at);
         at = p->source_offset;
     }
@@ -316,7 +320,7 @@ static void begin(struct group *g, struct pack *p, struct epoch *e)
 #define TIGHT_PERCENT 50u
 #define STREAK_SKIP 4u        /* so many incompressible segments in a row: try one in four */
 
-/* Segments at the end of the epoch that are left alone. */
+/* Segments at the end of each part of the epoch that are left alone. */
 static uint32_t lag(const struct group *g, const struct epoch *e)
 {
     uint32_t percent = group_pressure_percent(g);
@@ -325,12 +329,21 @@ static uint32_t lag(const struct group *g, const struct epoch *e)
         return 0;
     if (g->pack.paused || percent >= 50)
         return 1;
-    return 1 + g->arena.segments / (percent < 25 ? 16 : 64);
+    return 1 + g->arena.segments / (percent < 25 ? 16 : 64) / g->writers;
 }
 
-static bool may_pack(const struct group *g, const struct epoch *e)
+/* The part that has most to pack; NULL: none has. */
+static struct epoch_part *may_pack(const struct group *g, struct epoch *e)
 {
-    return e->raw_list.count > lag(g, e);
+    uint32_t most = lag(g, e);
+    struct epoch_part *part = NULL;
+
+    for (uint32_t i = 0; i < g->writers; i++)
+        if (e->part[i].raw_list.count > most) {
+            part = &e->part[i];
+            most = part->raw_list.count;
+        }
+    return part;
 }
 
 static bool may_reclaim(const struct group *g, const struct epoch *e)
@@ -351,9 +364,11 @@ uint32_t pack_queue(const struct group *g)
 
     for (uint32_t i = 0; i < g->epochs; i++) {
         const struct epoch *e = g->epoch[i];
+        uint32_t left = lag(g, e);
 
-        if (!e->frozen && may_pack(g, e))
-            queue += e->raw_list.count - lag(g, e);
+        for (uint32_t n = 0; !e->frozen && n < g->writers; n++)
+            if (e->part[n].raw_list.count > left)
+                queue += e->part[n].raw_list.count - left;
     }
     return queue;
 }
@@ -390,12 +405,13 @@ static void take_source(struct group *g, struct pack *p, struct epoch *e)
 {
     struct segment_use *u;
 
-    p->reclaim = !may_pack(g, e);
+    p->part = may_pack(g, e);
+    p->reclaim = !p->part;
     p->spilled = p->reclaim && !may_reclaim(g, e);
     p->source = segment_list_pop(&g->arena, p->spilled ? &e->spill_worn_list :
-                                 p->reclaim ? &e->worn_list : &e->raw_list);
-    if (p->source == e->raw.segment)
-        e->raw.segment = SEGMENT_NONE;
+                                 p->reclaim ? &e->worn_list : &p->part->raw_list);
+    if (p->part && p->source == p->part->raw.segment)
+        p->part->raw.segment = SEGMENT_NONE;
     u = &g->arena.use[p->source];
     if (!p->reclaim && hopeless(g, p, u)) {
         pack_keep(g, e, p->source); /* and free it, when all is dead */
@@ -416,11 +432,17 @@ static void take_source(struct group *g, struct pack *p, struct epoch *e)
 /* Is it time to see whether the guest pauses? */
 static void check_pause(struct group *g, struct pack *p)
 {
-    p->paused = g->seq == p->check_seq && (p->paused || g->now_ns >= p->check_ns);
+    uint64_t written = group_written(g);
+    uint32_t most = 0;
+
+    p->paused = written == p->check_seq && (p->paused || g->now_ns >= p->check_ns);
     p->check_ns = 0;
-    if (p->paused || epoch_open(g)->raw_list.count < 2)
+    for (uint32_t i = 0; i < g->writers; i++)
+        if (epoch_open(g)->part[i].raw_list.count > most)
+            most = epoch_open(g)->part[i].raw_list.count;
+    if (p->paused || most < 2)
         return;
-    p->check_seq = g->seq;
+    p->check_seq = written;
     p->check_ns = g->now_ns + PACK_IDLE_NS;
 }
 

@@ -19,7 +19,7 @@
  * worn one is copied back to RAM when the file is short, to move again when it is full. The
  * helper reads it first. A copy without the right checksum is not used: the file has lost it.
  *
- * Owner: the reactor thread; the job in flight is the helper's. One job at a time. A step
+ * Owner: the group's; the job in flight is the helper's. One job at a time. A step
  * looks at PACK_PIECE frames at most, so that no guest request waits for a whole segment.
  */
 #ifndef EPOCHD_PACK_H
@@ -72,7 +72,7 @@ struct pack {
     bool look;                  /* something has changed since there was nothing to do */
     bool paused;                /* the guest has not written for a while */
     uint64_t check_ns;          /* when to see whether it pauses; 0: never */
-    uint64_t check_seq;         /* group.seq then */
+    uint64_t check_seq;         /* group_written() then */
     uint32_t streak, skipped;   /* incompressible segments in a row; of those not tried */
     int level;                  /* zstd's, of this job */
 
@@ -80,6 +80,7 @@ struct pack {
     struct group *group;
     enum pack_phase phase;
     struct epoch *epoch;
+    struct epoch_part *part;    /* the source is of its raw segments; NULL: it is a kept one */
     uint32_t source, source_offset;
     struct arena_cursor out;    /* the epoch's PACKED segment, goes on in `spare` */
     uint32_t spare;

@@ -75,7 +75,7 @@ static void query_status(struct reactor *r, core_status *out)
     out->committed = g->committed;
     out->applied = g->applied;
     out->arena_size = (uint64_t)(a->segments - GROUP_RESERVED_SEGMENTS) * SEGMENT_BYTES;
-    out->arena_used = (uint64_t)(a->segments - a->free_count) * SEGMENT_BYTES;
+    out->arena_used = (uint64_t)(a->segments - group_free(g)) * SEGMENT_BYTES;
     if (out->arena_used > out->arena_size)
         out->arena_used = out->arena_size; /* packing is using its reserve */
     out->spill_size = (uint64_t)a->spill_segments * SEGMENT_BYTES;
@@ -83,14 +83,14 @@ static void query_status(struct reactor *r, core_status *out)
     out->spill_fault = (uint32_t)-g->spill.fault;
     out->journal_size = g->journal.ring_bytes;
     out->journal_used = journal_used(&g->journal);
-    out->index_size = (uint64_t)g->index_memory.limit;
+    out->index_size = group_index_limit(g);
     out->index_used = group_index_used(g);
     for (uint32_t i = 0; i < g->epochs; i++) {
         const struct epoch *e = g->epoch[i];
 
-        out->index_bytes += index_bytes(&e->index);
-        out->logical_bytes += e->logical_bytes;
-        out->stored_bytes += e->stored_bytes;
+        out->index_bytes += epoch_index_bytes(e);
+        out->logical_bytes += epoch_logical_bytes(e);
+        out->stored_bytes += epoch_stored_bytes(e);
         if (e->state == CORE_EPOCH_SEALED || e->state == CORE_EPOCH_COMMITTING) {
             if (!out->sealed_first)
                 out->sealed_first = e->id;
@@ -110,16 +110,20 @@ static void query_status(struct reactor *r, core_status *out)
     out->seals = g->stats.seals;
     out->compressed_frames = g->stats.compressed_frames;
     out->incompressible_frames = g->stats.incompressible_frames;
-    out->zero_frames = g->stats.zero_frames;
+    out->zero_frames = group_zero_frames(g);
     out->dropped_frames = g->stats.dropped_frames;
     out->compress_ns = g->stats.compress_ns;
     out->pack_bytes_in = g->stats.pack_bytes_in;
     out->pack_bytes_out = g->stats.pack_bytes_out;
     out->clusters = g->stats.clusters;
-    out->wanted_bytes = g->expand.wanted_bytes;
-    out->expanded_bytes = g->expand.expanded_bytes;
-    out->cluster_hits = g->expand.hits;
-    out->cluster_misses = g->expand.misses;
+    for (uint32_t i = 0; i < g->writers; i++) {
+        const struct expander *x = &g->writer[i].expand;
+
+        out->wanted_bytes += x->wanted_bytes;
+        out->expanded_bytes += x->expanded_bytes;
+        out->cluster_hits += x->hits;
+        out->cluster_misses += x->misses;
+    }
     out->pack_queue = pack_queue(g);
     out->pack_level = g->pack.level;
     out->commit_ns_last = g->stats.commit_ns_last;
@@ -139,11 +143,11 @@ static int64_t query_epochs(const struct reactor *r, core_epoch_info *out, uint3
     for (; n < g->epochs && n < max; n++) {
         const struct epoch *e = g->epoch[n];
 
-        out[n] = (core_epoch_info){.id = e->id, .state = e->state, .blocks = e->index.used,
+        out[n] = (core_epoch_info){.id = e->id, .state = e->state, .blocks = epoch_slots(e),
                                    .segments = epoch_segments(e),
-                                   .logical_bytes = e->logical_bytes,
-                                   .stored_bytes = e->stored_bytes,
-                                   .index_bytes = index_bytes(&e->index)};
+                                   .logical_bytes = epoch_logical_bytes(e),
+                                   .stored_bytes = epoch_stored_bytes(e),
+                                   .index_bytes = epoch_index_bytes(e)};
     }
     return n;
 }
@@ -233,14 +237,14 @@ static bool poll_rings(struct reactor *r)
 {
     uint32_t done = 0;
 
-    epoch_batch_begin(&r->group);
+    epoch_batch_begin(&r->group.writer[0]);
     /* A ring that breaks leaves the list: walk it from the end. */
     for (uint32_t i = r->running_count; i-- > 0;) {
         if (i >= r->running_count)
             continue;
         done += ring_poll(r->running[i], POLL_BUDGET);
     }
-    epoch_batch_end(&r->group);
+    epoch_batch_end(&r->group.writer[0]);
     return done > 0;
 }
 

@@ -592,7 +592,7 @@ static int adopt_segments(struct recovery *r)
         }
         e->adopted = !r->fresh;
         segment_list_append(a, i >= a->segments ? &e->spill_list :
-                            d->state == SEGMENT_RAW ? &e->raw_list : &e->kept_list, i);
+                            d->state == SEGMENT_RAW ? &e->part[0].raw_list : &e->kept_list, i);
     }
     arena_collect_free(a);
     for (uint32_t i = 0; i < g->epochs; i++) {
@@ -602,6 +602,7 @@ static int adopt_segments(struct recovery *r)
             return refuse(r, error, "arena: frames of epoch %llu cannot be read: %s",
                           (ull)g->epoch[i]->id, strerror(-error));
     }
+    writers_begin(g);
     return 0;
 }
 
@@ -708,13 +709,30 @@ static void tell(struct recovery *r)
 }
 
 /* The smallest arenas are the tests'. */
-static uint64_t index_limit(const core_config *config)
+static uint64_t index_limit(const core_config *config, uint32_t writers)
 {
     uint64_t share = config->arena_bytes / CORE_INDEX_SHARE;
+    uint64_t least = (uint64_t)writers * CORE_INDEX_BYTES_MIN;
 
     if (config->index_bytes)
         return config->index_bytes;
-    return share > CORE_INDEX_BYTES_MIN ? share : CORE_INDEX_BYTES_MIN;
+    return share > least ? share : least;
+}
+
+/* A writer without a disk would have nothing to do. */
+static int open_writers(struct group *g)
+{
+    uint32_t writers = g->config.reactors ? g->config.reactors : 1;
+    int error = 0;
+
+    if (writers > g->config.disks)
+        writers = g->config.disks;
+    pthread_mutex_init(&g->free_lock, NULL);
+    pthread_mutex_init(&g->waiter_lock, NULL);
+    g->writers = writers < CORE_REACTORS_MAX ? writers : CORE_REACTORS_MAX;
+    for (uint32_t i = 0; i < g->writers && !error; i++)
+        error = writer_init(g, i, index_limit(&g->config, g->writers));
+    return error;
 }
 
 int group_open(struct group *g, const core_config *config, struct disk *disk, char *text)
@@ -724,13 +742,11 @@ int group_open(struct group *g, const core_config *config, struct disk *disk, ch
     int error;
 
     g->config = *config;
-    index_memory_init(&g->index_memory, index_limit(config));
     g->disk = disk;
     g->seq = 1;
     g->worker.wake_fd = g->packer.wake_fd = -1; /* not started yet */
-    g->scratch = aligned_alloc(PAGE, BLOCK_BYTES);
     r.buffer = aligned_alloc(PAGE, SCAN_BYTES);
-    if (expander_start(&g->expand) || !g->scratch || !r.buffer || journal_init(&g->journal) ||
+    if (open_writers(g) || !r.buffer || journal_init(&g->journal) ||
         apply_init(g) || pack_init(g))
         error = refuse(&r, -ENOMEM, "no memory to start");
     else

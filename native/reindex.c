@@ -57,7 +57,7 @@ static int collect_list(struct group *g, const struct segment_list *l, struct al
             madvise(arena_segment(&g->arena, segment), page_round_up(tail), MADV_POPULATE_READ);
         while (at < tail) {
             arena_loc loc = arena_loc_of(segment, at);
-            const struct frame_header *h = frame_get(&g->expand, &g->arena, loc);
+            const struct frame_header *h = frame_get(&g->writer[0].expand, &g->arena, loc);
 
             if (!h || !frame_plausible(h, tail - at) || !on_disk(g, h) || !add_frame(all, h, loc))
                 return -EILSEQ; /* below a published tail all frames are whole */
@@ -69,7 +69,7 @@ static int collect_list(struct group *g, const struct segment_list *l, struct al
 
 static int collect(struct group *g, struct epoch *e, struct all_seen *all)
 {
-    int error = collect_list(g, &e->raw_list, all);
+    int error = collect_list(g, &e->part[0].raw_list, all);
 
     if (!error)
         error = collect_list(g, &e->kept_list, all);
@@ -166,18 +166,22 @@ static int enter(struct group *g, struct epoch *e, const struct seen *s)
 {
     struct frame_header copy;
     const struct frame_header *h = seen_frame(g, s, &copy);
+    struct epoch_part *p;
     struct index_slot *slot;
+    struct writer *w;
     uint32_t blocks;
 
     if (!h)
         return -EIO;
+    w = group_writer(g, h->disk);
+    p = &e->part[w->number];
     blocks = h->kind == FRAME_CLUSTER ? 1 : h->blocks;
     if (blocks > 1)
-        return epoch_put_range(g, e, h->disk, h->block, h->block + blocks, h->flags, s->loc);
-    slot = index_slot(&e->index, h->disk, h->block + s->member, 0);
+        return epoch_put_range(w, p, h->disk, h->block, h->block + blocks, h->flags, s->loc);
+    slot = index_slot(&p->index, h->disk, h->block + s->member, 0);
     if (!slot)
         return -ENOMEM;
-    epoch_point(g, e, slot, s->loc, h->mask);
+    epoch_point(w, p, slot, s->loc, h->mask);
     return 0;
 }
 
@@ -193,12 +197,15 @@ static void prepare(struct group *g, struct epoch *e, const struct all_seen *all
     if (i + AHEAD >= all->count)
         return;
     h = arena_frame(&g->arena, all->at[i + AHEAD].loc);
-    index_prefetch(&e->index, h->disk, h->block + all->at[i + AHEAD].member);
+    index_prefetch(epoch_index(e, h->disk), h->disk, h->block + all->at[i + AHEAD].member);
 }
 
 static int enter_all(struct group *g, struct epoch *e, const struct all_seen *all)
 {
-    int error = index_reserve(&e->index, all->count);
+    int error = 0;
+
+    for (uint32_t i = 0; i < g->writers && !error; i++)
+        error = index_reserve(&e->part[i].index, all->count / g->writers);
 
     for (uint64_t i = 0; i < all->count && !error; i++) {
         prepare(g, e, all, i);
@@ -236,7 +243,7 @@ int epoch_reindex(struct group *g, struct epoch *e)
     struct all_seen all = {0};
     int error = collect(g, e, &all);
 
-    count_stored(g, e, &e->raw_list);
+    count_stored(g, e, &e->part[0].raw_list);
     count_stored(g, e, &e->kept_list);
     count_stored(g, e, &e->spill_list);
     if (!error && all.count > 0) {

@@ -244,7 +244,7 @@ bool ring_has_work(const struct ring *r)
 {
     if (!r->running)
         return false;
-    if (r->held && !epoch_room(&r->blk->core->group, r->held_blocks))
+    if (r->held && r->held_told && !epoch_room(r->blk->writer, r->held_blocks))
         return false;
     /* More than the ring holds comes from a driver that breaks the rules; it waits. */
     return r->resubmit_next < r->resubmits ||
@@ -308,7 +308,7 @@ void ring_publish(struct ring *r)
 {
     if (r->published == r->used_idx || !r->used)
         return;
-    epoch_batch_publish(&r->blk->core->group);
+    epoch_batch_publish(r->blk->writer);
     __atomic_store_n(&r->used->idx, r->used_idx, __ATOMIC_RELEASE);
     r->published = r->used_idx;
     log_used(r, 2, 2);
@@ -557,9 +557,8 @@ uint32_t ring_poll(struct ring *r, uint32_t budget)
 
     if (!r->running)
         return 0;
-    if (unlikely(r->held) && !epoch_room(&r->blk->core->group, r->held_blocks)) {
-        /* Again: others may have taken what was made free for it. */
-        group_hold(&r->blk->core->group, r->held_blocks);
+    if (unlikely(r->held) && !epoch_room(r->blk->writer, r->held_blocks)) {
+        blk_hold(r);
         return 0;
     }
     r->held = false;

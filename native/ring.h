@@ -77,7 +77,8 @@ struct ring {
     bool fresh;                   /* not yet run since it was started */
     bool enabled, running, broken, stopping;
     bool to_publish;              /* in the reactor's list of rings that have news */
-    bool held;                    /* the next request waits for room in the arena */
+    bool held;                    /* the next request waits for room in the arena ... */
+    bool held_told;               /* ... not only in its writer's stock */
     uint64_t held_blocks;
     uint32_t given_up;            /* requests that a stop answered with IOERR */
     bool give_up;                 /* resubmits that find no room are among them */

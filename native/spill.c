@@ -134,7 +134,7 @@ void spill_prefetch(const struct group *g, uint32_t disk, uint64_t first, uint64
 
     for (uint64_t block = first; block <= last; block++)
         for (uint32_t i = g->epochs; i-- > 0;) {
-            const struct index_slot *s = index_find(&g->epoch[i]->index, disk, block);
+            const struct index_slot *s = index_find(epoch_index(g->epoch[i], disk), disk, block);
             const struct frame_header *h;
             uint8_t *at;
 
@@ -200,13 +200,14 @@ static void repoint(struct spill_move *m, const struct frame_header *h, uint32_t
     arena_loc old = arena_loc_of(m->from, at);
 
     if (h->kind == FRAME_ZERO && h->blocks > 1) {
-        a->use[m->to].slots += ranges_repoint(&m->epoch->index.ranges, h->disk, h->block,
-                                              h->block + h->blocks, old,
+        a->use[m->to].slots += ranges_repoint(&epoch_index(m->epoch, h->disk)->ranges, h->disk,
+                                              h->block, h->block + h->blocks, old,
                                               arena_loc_of(m->to, at));
         return;
     }
     for (uint32_t i = 0; i < h->blocks; i++) {
-        struct index_slot *s = index_find(&m->epoch->index, h->disk, h->block + i);
+        struct index_slot *s = index_find(epoch_index(m->epoch, h->disk), h->disk,
+                                          h->block + i);
 
         if (s && s->mask && s->loc == old) {
             s->loc = arena_loc_of(m->to, at);
@@ -309,6 +310,14 @@ static uint32_t wanted(const struct group *g)
     return g->spill.held_want > want ? g->spill.held_want : want;
 }
 
+static bool has_raw(const struct group *g, const struct epoch *e)
+{
+    for (uint32_t i = 0; i < g->writers; i++)
+        if (e->part[i].raw_list.count > 0)
+            return true;
+    return false;
+}
+
 /* The packer's output is left alone while it may grow. */
 static bool may_move(const struct group *g, const struct epoch *e, uint32_t segment)
 {
@@ -317,7 +326,7 @@ static bool may_move(const struct group *g, const struct epoch *e, uint32_t segm
     if (packing && segment == g->pack.spare)
         return false;
     return segment != e->packed.segment ||
-           (e->state != CORE_EPOCH_OPEN && e->raw_list.count == 0 && !packing);
+           (e->state != CORE_EPOCH_OPEN && !has_raw(g, e) && !packing);
 }
 
 static uint32_t pop_kept(struct group *g, struct epoch *e)
@@ -339,9 +348,13 @@ static uint32_t pop_kept(struct group *g, struct epoch *e)
 /* Not packed yet, but the packer is slower than the guest. */
 static uint32_t pop_raw(struct group *g, struct epoch *e)
 {
-    if (e->raw_list.count == 0 || e->raw_list.first == e->raw.segment)
-        return SEGMENT_NONE;
-    return segment_list_pop(&g->arena, &e->raw_list);
+    for (uint32_t i = 0; i < g->writers; i++) {
+        struct epoch_part *p = &e->part[i];
+
+        if (p->raw_list.count > 0 && p->raw_list.first != p->raw.segment)
+            return segment_list_pop(&g->arena, &p->raw_list);
+    }
+    return SEGMENT_NONE;
 }
 
 /* Oldest epochs first; those that a commit or an apply reads stay where they are. */

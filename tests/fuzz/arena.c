@@ -92,12 +92,12 @@ static void count_list(const struct group *g, const struct segment_list *l, uint
         finding("a list of %u segments goes on", l->count);
 }
 
-static void check_index(const struct group *g, const struct epoch *e)
+static void check_index(const struct group *g, const struct index *x)
 {
     struct index_cursor at = {0};
     const struct index_slot *s;
 
-    while ((s = index_next(&e->index, &at))) {
+    while ((s = index_next(x, &at))) {
         if (arena_loc_segment(s->loc) >= g->arena.segments || s->disk >= g->config.disks)
             finding("an index entry of disk %u at place %#x", s->disk, s->loc);
         if (index_slot_block(s) * BLOCK_BYTES >= g->config.disk[s->disk].size_bytes)
@@ -116,10 +116,12 @@ static void check_group(const struct group *g)
         if (i > 0 && g->epoch[i]->id <= g->epoch[i - 1]->id)
             finding("epoch %llu after %llu", (unsigned long long)g->epoch[i]->id,
                     (unsigned long long)g->epoch[i - 1]->id);
-        count_list(g, &g->epoch[i]->raw_list, owners);
+        for (uint32_t n = 0; n < g->writers; n++) {
+            count_list(g, &g->epoch[i]->part[n].raw_list, owners);
+            check_index(g, &g->epoch[i]->part[n].index);
+        }
         count_list(g, &g->epoch[i]->kept_list, owners);
         count_list(g, &g->epoch[i]->worn_list, owners);
-        check_index(g, g->epoch[i]);
     }
     count_list(g, &g->pack.dead_list, owners);
     for (uint32_t i = 0; i < g->arena.free_count; i++)
@@ -166,7 +168,7 @@ static void use(struct history *h, struct group *g, uint8_t how)
     seam_settle(g, &h->seam);
     read_all(h, g);
     history_write(g, 0, 1, how);
-    if (epoch_room(g, EPOCH_ZERO_ROOM))
+    if (epoch_room(&g->writer[0], EPOCH_ZERO_ROOM))
         epoch_zero(g, 1, 3, 100, 0);
     verb(h, g, VERB_SEAL);
     if (how & 1)

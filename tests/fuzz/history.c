@@ -114,7 +114,7 @@ static void sectors(struct group *g, uint32_t disk, uint64_t sector, uint8_t *da
     struct span span = {.ptr = data, .bytes = bytes};
     struct span_cursor from = span_start(&span, 1);
 
-    if (epoch_room(g, bytes / BLOCK_BYTES + 2))
+    if (epoch_room(&g->writer[0], bytes / BLOCK_BYTES + 2))
         epoch_write(g, disk, sector, &from, bytes);
 }
 

@@ -291,6 +291,21 @@ uint32_t bench_count(const struct bench *b, uint32_t type)
     return n;
 }
 
+bool bench_room(struct bench *b, uint32_t disk, uint64_t blocks)
+{
+    struct writer *w = group_writer(b->group, disk);
+
+    epoch_batch_begin(w);
+    if (w->shared && !epoch_room(w, blocks)) {
+        writer_want(w, blocks);
+        writer_round(w);
+        if (!epoch_room(w, blocks))
+            writer_hold(w, blocks);
+    }
+    epoch_batch_end(w);
+    return epoch_room(w, blocks);
+}
+
 int bench_write(struct bench *b, uint32_t disk, uint64_t sector, const void *data, uint64_t bytes)
 {
     struct span span = {.ptr = (uint8_t *)(uintptr_t)data, .bytes = bytes};

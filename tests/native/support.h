@@ -94,6 +94,10 @@ const core_event *bench_answer(const struct bench *b, uint64_t token);
 const core_event *bench_verb(struct bench *b, enum verb_kind kind);
 uint32_t bench_count(const struct bench *b, uint32_t type);
 
+/* As a reactor's round does for a request of that disk: sets segments aside, asks for room; the
+ * group may have to be settled before there is any. */
+bool bench_room(struct bench *b, uint32_t disk, uint64_t blocks);
+
 /* One write of so many bytes from `data`. */
 int bench_write(struct bench *b, uint32_t disk, uint64_t sector, const void *data, uint64_t bytes);
 /* What a guest would read: epochs, then the image. */

@@ -101,7 +101,7 @@ static void write_some(struct bench *b, struct model *m, struct dice *d)
     uint8_t *at;
 
     place(d, disk, &sector, &count);
-    if (!epoch_room(b->group, count / BLOCK_SECTORS + 2))
+    if (!bench_room(b, disk, count / BLOCK_SECTORS + 2))
         return;
     at = m->now.disk[disk] + sector * SECTOR_BYTES;
     if (dice_below(d, 6) == 0)
@@ -119,7 +119,7 @@ static void zero_some(struct bench *b, struct model *m, struct dice *d)
     uint64_t sector, count;
 
     place(d, disk, &sector, &count);
-    if (!epoch_room(b->group, EPOCH_ZERO_ROOM))
+    if (!bench_room(b, disk, EPOCH_ZERO_ROOM))
         return;
     memset(m->now.disk[disk] + sector * SECTOR_BYTES, 0, count * SECTOR_BYTES);
     assert_int_equal(epoch_zero(b->group, disk, sector, count,
@@ -212,7 +212,7 @@ static void one_step(struct bench *b, struct model *m, struct dice *d)
     }
 }
 
-static void run_against_the_model(const char *test, int level, uint32_t steps)
+static void run_against_the_model(const char *test, int level, uint32_t reactors, uint32_t steps)
 {
     struct dice d = dice_new(test);
     struct bench *b = calloc(1, sizeof(*b));
@@ -220,7 +220,12 @@ static void run_against_the_model(const char *test, int level, uint32_t steps)
 
     check(b);
     bench_start(b, SIZE0, SIZE1, level);
+    bench_kill(b);
+    b->config.reactors = reactors;
+    assert_int_equal(bench_open(b), 0);
     for (uint32_t turn = 0; turn < steps; turn++) {
+        if (reactors > 1) /* of the next start */
+            b->config.reactors = 1 + (uint32_t)dice_below(&d, reactors);
         one_step(b, m, &d);
         if (group_pressure_percent(b->group) > 90) {
             model_seal(b, m);
@@ -243,13 +248,20 @@ static void run_against_the_model(const char *test, int level, uint32_t steps)
 static void reads_follow_the_model_compressed(void **state)
 {
     (void)state;
-    run_against_the_model(__func__, 1, 6000);
+    run_against_the_model(__func__, 1, 1, 6000);
 }
 
 static void reads_follow_the_model_uncompressed(void **state)
 {
     (void)state;
-    run_against_the_model(__func__, 0, 6000);
+    run_against_the_model(__func__, 0, 1, 6000);
+}
+
+/* Two parts an epoch, and now and then a start with one. */
+static void reads_follow_the_model_with_two_reactors(void **state)
+{
+    (void)state;
+    run_against_the_model(__func__, 1, 2, 6000);
 }
 
 static int setup(void **state)
@@ -313,7 +325,7 @@ static void room_that_was_promised_is_there(void **state)
         uint64_t sectors = 1 + dice_below(&d, sizeof(data) / SECTOR_BYTES - 8);
         uint64_t sector = dice_below(&d, (8u << 20) / SECTOR_BYTES - sectors);
 
-        if (!epoch_room(b->group, sectors / BLOCK_SECTORS + 2)) {
+        if (!epoch_room(&b->group->writer[0], sectors / BLOCK_SECTORS + 2)) {
             refused++;
             continue;
         }
@@ -321,9 +333,9 @@ static void room_that_was_promised_is_there(void **state)
         assert_int_equal(bench_write(b, 0, sector, data, sectors * SECTOR_BYTES), 0);
         assert_true(b->group->arena.free_count >= GROUP_RESERVED_SEGMENTS);
     }
-    assert_false(epoch_room(b->group, SEGMENT_FRAMES_MIN * 2));
+    assert_false(epoch_room(&b->group->writer[0], SEGMENT_FRAMES_MIN * 2));
     assert_int_equal(bench_verb(b, VERB_DISCARD)->result, 0);
-    assert_true(epoch_room(b->group, SEGMENT_FRAMES_MIN * 2));
+    assert_true(epoch_room(&b->group->writer[0], SEGMENT_FRAMES_MIN * 2));
 }
 
 /* Segments and index of a dropped epoch live until its job is back. */
@@ -361,12 +373,12 @@ static void packing_shrinks_and_drops_what_was_overwritten(void **state)
             data[i] = (uint8_t)(turn + 1 + i / 512);
         assert_int_equal(bench_write(b, 0, 0, data, sizeof(data)), 0);
     }
-    raw = epoch_open(g)->stored_bytes;
+    raw = epoch_stored_bytes(epoch_open(g));
     assert_int_equal(bench_verb(b, VERB_SEAL)->result, 0);
     bench_settle(b);
-    assert_true(g->epoch[0]->stored_bytes < raw / 20);
+    assert_true(epoch_stored_bytes(g->epoch[0]) < raw / 20);
     assert_true(g->stats.dropped_frames >= 7 * 256 / 2);
-    assert_int_equal(g->epoch[0]->index.used, 256);
+    assert_int_equal(epoch_slots(g->epoch[0]), 256);
     bench_read(b, 0, 0, in, sizeof(in));
     assert_memory_equal(in, data, sizeof(in));
 }
@@ -409,6 +421,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(reads_follow_the_model_compressed),
         cmocka_unit_test(reads_follow_the_model_uncompressed),
+        cmocka_unit_test(reads_follow_the_model_with_two_reactors),
         CASE(parts_of_blocks_are_merged),
         CASE(room_that_was_promised_is_there),
         CASE(a_dropped_epoch_goes_with_its_last_job),

@@ -437,7 +437,7 @@ static void a_stop_waits_a_bounded_time_for_room_for_resubmits(void **state)
     assert_true(share_inflight(s, fd, RING_SIZE));
     while (g->arena.free_count > GROUP_RESERVED_SEGMENTS)
         arena_segment_take(&g->arena, 1, SEGMENT_RAW);
-    epoch_open(g)->raw.tail = SEGMENT_BYTES;
+    epoch_open(g)->part[0].raw.tail = SEGMENT_BYTES;
     start_ring(s);
     ring_poll(s->ring, 64);
     assert_true(s->ring->held);

@@ -47,10 +47,10 @@ static int teardown(void **state)
 static void put(struct bench *b, uint64_t at, uint64_t bytes)
 {
     for (uint64_t end = at + bytes; at < end; at += BLOCK_BYTES) {
-        if (!epoch_room(b->group, 1)) {
+        if (!epoch_room(&b->group->writer[0], 1)) {
             spill_hold(b->group, epoch_room_segments(1));
             bench_settle(b);
-            assert_true(epoch_room(b->group, 1));
+            assert_true(epoch_room(&b->group->writer[0], 1));
         }
         assert_int_equal(bench_write(b, 0, at / SECTOR_BYTES, data + at, BLOCK_BYTES), 0);
     }
@@ -137,7 +137,7 @@ static void a_segment_on_its_way_goes_with_a_discard(void **state)
 
     make(&d, 0, BYTES);
     b->disk.hold = true;
-    for (uint64_t at = 0; epoch_room(b->group, 1); at += BLOCK_BYTES) {
+    for (uint64_t at = 0; epoch_room(&b->group->writer[0], 1); at += BLOCK_BYTES) {
         assert_int_equal(bench_write(b, 0, at / SECTOR_BYTES, data + at, BLOCK_BYTES), 0);
         while (group_step(b->group))
             ;
@@ -159,7 +159,7 @@ static void a_commit_waits_for_segments_on_their_way(void **state)
 
     make(&d, 0, BYTES);
     b->disk.hold = true;
-    for (; epoch_room(b->group, 1); at += BLOCK_BYTES) {
+    for (; epoch_room(&b->group->writer[0], 1); at += BLOCK_BYTES) {
         assert_int_equal(bench_write(b, 0, at / SECTOR_BYTES, data + at, BLOCK_BYTES), 0);
         while (group_step(b->group))
             ;
@@ -207,11 +207,11 @@ static void a_failed_write_leaves_the_segment_in_ram(void **state)
 
     dice_fill(&d, data, BYTES);
     b->disk.fail[DISK_SPILL][DISK_WRITE] = EIO;
-    for (; epoch_room(b->group, 1); at += BLOCK_BYTES) {
+    for (; epoch_room(&b->group->writer[0], 1); at += BLOCK_BYTES) {
         assert_int_equal(bench_write(b, 0, at / SECTOR_BYTES, data + at, BLOCK_BYTES), 0);
         bench_settle(b);
     }
-    group_hold(b->group, 1);
+    group_hold(&b->group->writer[0], 1);
     bench_settle(b);
     assert_int_equal(arena_spill_used(&b->group->arena), 0);
     assert_true(bench_count(b, CORE_EVENT_IO_ERROR) == 1);
@@ -351,7 +351,7 @@ static void a_changed_frame_is_never_passed_on(void **state)
         n = (uint32_t)dice_below(&d, sizeof(*h) + h->payload_bytes);
         byte = b->disk.file[DISK_SPILL] + arena_spill_offset(a, segment) + at + n;
         *byte ^= (uint8_t)(1u << dice_below(&d, 8));
-        assert_int_equal(frame_expand(&b->group->expand, a, arena_loc_of(segment, at), block, mask,
+        assert_int_equal(frame_expand(&b->group->writer[0].expand, a, arena_loc_of(segment, at), block, mask,
                                       out), -EIO);
         changed++;
     }

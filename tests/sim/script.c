@@ -32,6 +32,7 @@ static void make_setup(struct setup *u, struct rng *r)
     u->no_fallocate = rng_chance(r, 20);
     u->apply_rate = rng_chance(r, 15) ? 1u << (10 + rng_below(r, 12)) : 0;
     u->journal_fua = rng_chance(r, 70);
+    u->reactors = rng_chance(r, 60) ? 1 : 2 + rng_below(r, MODEL_DISKS_MAX - 1);
 }
 
 static void make_step(struct step *t, const struct setup *u, struct rng *r, bool thorough)
@@ -247,8 +248,9 @@ void script_shrink(struct sim *s, struct script *p)
 
 void script_print(const struct script *p, FILE *out)
 {
-    fprintf(out, "    %u disks, ring of %llu pages, compression %d, %u %% faults%s%s, %llu bytes/s\n",
-            p->setup.disks, (unsigned long long)p->setup.ring_bytes / PAGE,
+    fprintf(out, "    %u disks, %u reactors, ring of %llu pages, compression %d, %u %% faults%s%s, "
+                 "%llu bytes/s\n",
+            p->setup.disks, p->setup.reactors, (unsigned long long)p->setup.ring_bytes / PAGE,
             p->setup.compress_level, p->setup.fault_percent,
             p->setup.no_fallocate ? ", no fallocate" : "",
             p->setup.journal_fua ? ", forced unit access" : "",

@@ -140,6 +140,7 @@ static void configure(struct world *w, const struct setup *setup)
     memset(c, 0, sizeof(*c));
     c->disks = setup->disks;
     c->workers = 1;
+    c->reactors = setup->reactors;
     c->journal_fd = -1;
     c->journal_direct = c->journal_fua = setup->journal_fua;
     c->apply_rate = setup->apply_rate;
@@ -200,6 +201,7 @@ void world_begin(struct sim *s, const struct setup *setup, uint64_t seed)
     w->disk.rng.state = rng_mix(seed, 2);
     s->pick.state = rng_mix(seed, 3);
     s->failed = false;
+    s->reactors = setup->reactors;
     arena_wipe(w);
     format_journal(w, setup->ring_bytes);
     model_init(&w->model, setup->bytes, setup->disks);
@@ -433,12 +435,25 @@ void world_drain(struct world *w)
         sim_fail(w, "%u committed records are never applied", w->group.journal.pending_count);
 }
 
-static bool room(struct world *w, uint64_t blocks)
+static bool room(struct world *w, uint32_t disk, uint64_t blocks)
 {
-    for (uint32_t i = 0; i < 40 && !epoch_room(&w->group, blocks); i++)
-        if (!world_step(w))
+    struct writer *writer = group_writer(&w->group, disk);
+    bool moved = true;
+
+    for (uint32_t i = 0; i < 40 && moved; i++) {
+        epoch_batch_begin(writer);
+        if (!epoch_room(writer, blocks)) {
+            writer_want(writer, blocks);
+            writer_round(writer);
+        }
+        if (!epoch_room(writer, blocks))
+            writer_hold(writer, blocks);
+        epoch_batch_end(writer); /* frames are shown one by one: a crash may come after each */
+        if (w->sim->failed || epoch_room(writer, blocks))
             break;
-    return !w->sim->failed && epoch_room(&w->group, blocks);
+        moved = world_step(w);
+    }
+    return !w->sim->failed && epoch_room(writer, blocks);
 }
 
 bool world_write(struct world *w, uint32_t disk, uint32_t sector, uint32_t sectors, bool zeroes)
@@ -449,7 +464,7 @@ bool world_write(struct world *w, uint32_t disk, uint32_t sector, uint32_t secto
     struct span_cursor from = span_start(&span, 1);
 
     check(span.bytes <= sizeof(data));
-    if (!room(w, sectors / BLOCK_SECTORS + 2))
+    if (!room(w, disk, sectors / BLOCK_SECTORS + 2))
         return false;
     for (uint32_t i = 0; i < sectors; i++) {
         uint32_t value = zeroes ? 0 : model_fresh_value(m);
@@ -469,7 +484,7 @@ bool world_zero(struct world *w, uint32_t disk, uint32_t sector, uint32_t sector
 {
     struct model *m = &w->model;
 
-    if (!room(w, 8))
+    if (!room(w, disk, 8))
         return false;
     for (uint32_t i = 0; i < sectors; i++)
         m->open.sector[m->first[disk] + sector + i] = 0;
@@ -568,6 +583,8 @@ struct world *world_crash(struct world *w, enum crash_kind kind, const struct si
     v->rng.state = rng_mix(w->rng.state, o->torn_seed + o->whole);
     v->disk.faults = 0;
     v->retried = false;
+    if (w->sim->reactors > 1) /* a restart may have another number of them */
+        v->config.reactors = 1 + rng_below(&v->rng, MODEL_DISKS_MAX);
     return v;
 }
 

@@ -30,6 +30,7 @@ extern const char *const crash_names[CRASH_KINDS];
 struct setup {
     uint64_t bytes[MODEL_DISKS_MAX];
     uint32_t disks;
+    uint32_t reactors;           /* parts of an epoch; all in one thread here */
     uint64_t ring_bytes;
     uint32_t segments;           /* of the arena */
     int compress_level;
@@ -43,6 +44,7 @@ struct setup {
 struct sim {
     struct world *world[SIM_DEPTH];
     struct rng pick;             /* which crashes are looked at */
+    uint32_t reactors;           /* of the run's setup */
     uint32_t crash_percent;      /* of the points of the world on top */
     uint32_t nested_percent;     /* of the points below */
     uint32_t subsets_max;        /* writes up to which all subsets are tried; then samples */
