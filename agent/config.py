@@ -292,7 +292,8 @@ serial. Flags win over the file; paths in the file are relative to its folder.
 
 Files: STATE-DIR/NAME.epochd-journal holds the group's identity and its committed epochs,
 /dev/shm/epochd-ID its uncommitted ones, and with --on-full spill STATE-DIR/NAME.epochd-spill
-what of them was too much for the arena; without the arena it means nothing. NAME is the
+what of them was too much for the arena; without the arena it means nothing.
+STATE-DIR/NAME.epochd-dictionary-ID is what epochctl train-dictionary made. NAME is the
 first image's base name unless the file says otherwise.
 
 Exit status: 0 stopped cleanly, 1 failure while running, 2 usage or configuration,

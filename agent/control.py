@@ -7,14 +7,17 @@ be repeated: the same question gives the same answer. Sizes are bytes, times nan
 To add a verb: a method, and its line in Control.commands().
 """
 
+import errno
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from . import __version__, core, qmp, rejections
+from . import __version__, core, dictionary, qmp, rejections
 from .config import Config
+from .errors import EpochdError
 from .port import Port
 from .qmp import QmpError
 from .storage import Group
@@ -86,6 +89,7 @@ class Control:
             "epoch-commit": _verb(self.epoch_commit, "epoch"),
             "epoch-discard": _verb(self.epoch_discard),
             "promote": _verb(self.promote),
+            "dictionary-load": _verb(self.dictionary_load, "id"),
             "quit": _verb(self.quit),
         }
         names = [*table, "query-commands", "qmp_capabilities"]
@@ -111,6 +115,23 @@ class Control:
 
     async def promote(self) -> object:
         return {"mode": "active", "generation": await self._core.promote()}
+
+    def dictionary_load(self, arguments: dict[str, Any]) -> object:
+        """Compress with the dictionary of that file in the state folder, from now on."""
+        identity = arguments.get("id")
+        if not isinstance(identity, str) or not re.fullmatch("[0-9a-f]{8}", identity):
+            raise QmpError(f"argument 'id' is not eight hex digits: {identity!r}",
+                           rejection=rejections.CONTROL_ARGUMENTS)
+        path = dictionary.path_of(self._config.state_dir, self._config.name, int(identity, 16))
+        try:
+            one = dictionary.load(path, self._group.id.bytes)
+            self._core.add_dictionary(one.id, one.data)
+        except EpochdError as error:
+            raise QmpError(str(error), rejection=rejections.CONTROL_REFUSALS) from None
+        except core.CoreError as error:
+            if error.errno != errno.EEXIST:
+                raise
+        return {"dictionary": identity, "size": len(one.data)}
 
     def quit(self) -> object:
         self._on_quit()
@@ -232,6 +253,13 @@ class Control:
         packed = ("pack_bytes_in", "pack_bytes_out", "clusters", "pack_queue", "pack_level",
                   "wanted_bytes", "expanded_bytes", "cluster_hits", "cluster_misses")
         compression: dict[str, object] = {name: getattr(status, name) for name in packed}
+        compression.update(
+            dictionary=f"{status.dictionary:08x}" if status.dictionary else None,
+            dictionary_bytes=status.dictionary_bytes,
+            dictionaries=status.dictionaries,
+            dictionary_frames=status.dictionary_frames,
+            pack_ns=status.compress_ns,
+        )
         compression["ratio"] = round(status.pack_bytes_in / max(status.pack_bytes_out, 1), 3)
         core_counts = {rejections.RINGS: sums["broken"],
                        rejections.REQUESTS: sums["rejected"] - sums["broken"]}

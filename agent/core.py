@@ -37,6 +37,8 @@ DISCARD_SECTORS_MAX: int = lib.CORE_DISCARD_SECTORS_MAX
 ARENA_BYTES_MIN: int = lib.CORE_ARENA_BYTES_MIN
 INDEX_BYTES_MIN: int = lib.CORE_INDEX_BYTES_MIN
 NAME_BYTES_MAX: int = lib.CORE_NAME_MAX - 1
+DICTIONARIES_MAX: int = lib.CORE_DICTIONARIES_MAX
+DICTIONARY_BYTES_MAX: int = lib.CORE_DICTIONARY_BYTES_MAX
 SERIAL_BYTES_MAX: int = lib.CORE_SERIAL_BYTES
 NO_DISK: int = lib.CORE_NO_DISK
 
@@ -138,6 +140,10 @@ class Status:
     cluster_misses: int
     pack_queue: int
     pack_level: int
+    dictionary: int
+    dictionary_bytes: int
+    dictionaries: int
+    dictionary_frames: int
     commit_ns_last: int
     seal_ns_last: int
     apply_ns_last: int
@@ -234,7 +240,8 @@ class DiskSetup:
 
 @dataclass(frozen=True)
 class GroupSetup:
-    """core_config: everything that core_open() needs. `index_bytes` 0: by the arena's size."""
+    """core_config: everything that core_open() needs. `index_bytes` 0: by the arena's size;
+    `dictionaries`: (id, zstd's dictionary), oldest first."""
 
     disks: Sequence[DiskSetup]
     workers: int
@@ -251,6 +258,7 @@ class GroupSetup:
     spill_fd: int = -1
     spill_bytes: int = 0
     spill_closed: bool = False
+    dictionaries: Sequence[tuple[int, bytes]] = ()
 
 
 @dataclass(frozen=True)
@@ -433,6 +441,11 @@ class Core:
 
     def __init__(self, setup: GroupSetup, on_event: Callable[[Event], None]) -> None:
         self._config = _c_config(setup)
+        # The core copies them; until then somebody has to hold them.
+        contents = [ffi.from_buffer("uint8_t[]", data) for _, data in setup.dictionaries]
+        self._config.dictionaries = len(contents)
+        for index, (identity, data) in enumerate(setup.dictionaries):
+            self._config.dictionary[index] = (contents[index], len(data), identity)
         self._on_event = on_event
         self._tokens = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Event]] = {}
@@ -448,6 +461,17 @@ class Core:
         bytes; name of the group and path of the control socket are noted there. CoreError."""
         text = _text_buffer()
         _check(lib.core_metrics(self._live(), fd, name.encode(), control.encode(), text), text)
+
+    def dictionaries_named(self) -> int:
+        """Before start(): bit n is set when a frame names setup.dictionaries[n]."""
+        return int(lib.core_dictionaries_named(self._live()))
+
+    def add_dictionary(self, identity: int, data: bytes) -> None:
+        """Compress with this one from now on; CoreError. EEXIST: it is loaded already."""
+        content = ffi.from_buffer("uint8_t[]", data)
+        c_dictionary = ffi.new("core_dictionary *", (content, len(data), identity))
+        text = _text_buffer()
+        _check(lib.core_dictionary_add(self._live(), c_dictionary, text), text)
 
     def start(self) -> None:
         """Start the reactor and the delivery of events; CoreError."""

@@ -20,7 +20,8 @@ from typing import Any
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
-from . import __version__, top
+from . import __version__, top, train
+from .errors import EpochdError
 
 EXIT_OK = 0
 EXIT_REFUSED = 1
@@ -153,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("watch", help="print events until interrupted", parents=[common],
                      description="print events until interrupted or until the agent stops")
     top.add_parser(verbs, common)
+    train.add_parser(verbs, common)
     return parser
 
 
@@ -186,6 +188,15 @@ async def _watch(client: QMPClient, options: argparse.Namespace) -> int:
     return EXIT_NO_AGENT
 
 
+async def _train(client: QMPClient, options: argparse.Namespace) -> int:
+    result = await train.run(client, options)
+    print(json.dumps(result) if options.json else train.show(result), flush=True)
+    return EXIT_OK
+
+
+SPECIAL = {"watch": _watch, "train-dictionary": _train}
+
+
 async def _run(options: argparse.Namespace) -> int:
     client = QMPClient("epochctl")
     try:
@@ -196,8 +207,8 @@ async def _run(options: argparse.Namespace) -> int:
               "with this --control?", file=sys.stderr)
         return EXIT_NO_AGENT
     try:
-        return await (_watch if options.verb == "watch" else _command)(client, options)
-    except ExecuteError as error:
+        return await SPECIAL.get(options.verb, _command)(client, options)
+    except (ExecuteError, EpochdError) as error:
         print(f"epochctl: {options.verb}: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except QMPError as error:

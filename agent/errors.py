@@ -139,6 +139,20 @@ class SpillSpaceError(EpochdError):
     exit_code = EXIT_STATE
 
 
+class DictionaryError(EpochdError):
+    """dictionary {}: {}"""
+
+    exit_code = EXIT_STATE
+
+
+class DictionaryMissing(EpochdError):
+    """group {}: {}; give its file back as {}, whole and unchanged: what was compressed with it
+    cannot be read without it. To give up what is not committed remove /dev/shm{}; what is
+    committed and not in the images yet is in the journal and needs the file, too"""
+
+    exit_code = EXIT_STATE
+
+
 class ArenaOrphaned(EpochdError):
     """arena /dev/shm{} goes with these images and with the journal {}, which is gone or is not
     the one that is used now; epochs in the arena may be missing in the images: give that

@@ -30,12 +30,14 @@ from pathlib import Path
 
 import posix_ipc
 
-from . import core, locks, notify
+from . import core, dictionary, locks, notify
 from .config import Config
 from .errors import (
     ArenaError,
     ArenaOrphaned,
     ArenaTooLarge,
+    DictionaryMissing,
+    EpochdError,
     JournalError,
     JournalInUse,
     JournalSpaceError,
@@ -575,6 +577,13 @@ def _identify(journal: Journal, setup: core.GroupSetup, images: list[Image]) -> 
     return group
 
 
+def _refused(config: Config, arena: Arena, error: core.CoreError) -> EpochdError:
+    if error.errno == errno.ENOKEY:
+        file = dictionary.path_of(config.state_dir, config.name, 0).name[:-8] + "ID"
+        return DictionaryMissing(config.name, error, config.state_dir / file, arena.name)
+    return RecoveryError(config.name, error)
+
+
 def open_group(config: Config, on_event: Callable[[core.Event], None]) -> Group:
     """Open everything and recover; nothing serves yet (Core.start() begins that)."""
     images = open_images(config.disks)
@@ -592,15 +601,18 @@ def open_group(config: Config, on_event: Callable[[core.Event], None]) -> Group:
                             journal.path, journal.size_bytes, wanted)
             setup = _setup(config, images, journal)
             group = _identify(journal, setup, images)
+            known = dictionary.load_all(config.state_dir, config.name, group)
+            setup = replace(setup, dictionaries=[(one.id, one.data) for one in known])
             arena = open_arena(group, config.arena_bytes)
             try:
                 opened, spill = _open_core(config, setup, images, journal, arena, on_event)
             except core.CoreError as error:
                 arena.abandon()
-                raise RecoveryError(config.name, error) from None
+                raise _refused(config, arena, error) from None
             except (ArenaError, JournalError, SpillError, SpillSpaceError):
                 arena.abandon()
                 raise
+            dictionary.remove_unneeded(known, opened.dictionaries_named())
             live_view = open_live_view(opened, arena.name, config.name, config.control)
             return Group(images, journal, arena, spill, group, opened, live_view)
         except BaseException:

@@ -207,6 +207,8 @@ static int check_config(const core_config *config, char *text)
         wrong = "arena and spill file have at most 128 GiB together";
     else if (config->index_bytes > 0 && config->index_bytes < CORE_INDEX_BYTES_MIN)
         wrong = "the index has 2 MiB at least";
+    else if (config->dictionaries > CORE_DICTIONARIES_MAX)
+        wrong = "a group has 16 dictionaries at most";
     for (uint32_t i = 0; i < config->disks && !wrong; i++) {
         const core_disk_config *d = &config->disk[i];
 
@@ -314,6 +316,21 @@ int core_open(const core_config *config, core **out, char *text)
     }
     *out = c;
     return 0;
+}
+
+uint32_t core_dictionaries_named(core *c)
+{
+    const struct dictionaries *d = &c->reactor.group.dictionaries;
+    uint32_t bits = 0;
+
+    for (uint32_t i = 0; i < CORE_DICTIONARIES_MAX; i++)
+        bits |= (uint32_t)d->at[i].named << i;
+    return bits;
+}
+
+int core_dictionary_add(core *c, const core_dictionary *dictionary, char *text)
+{
+    return dictionaries_add(&c->reactor.group.dictionaries, dictionary, text);
 }
 
 uint64_t core_metrics_bytes(void)

@@ -7,7 +7,8 @@
  * reactor needs to answer.
  *
  * Errors: 0 or a positive value is success, a negative errno is failure; where a `text`
- * buffer (CORE_TEXT_MAX bytes) is taken it then holds one English sentence.
+ * buffer (CORE_TEXT_MAX bytes) is taken it then holds one English sentence. core_open() gives
+ * -ENOKEY when frames name a dictionary that is not in the configuration.
  *
  * File descriptors: kick, call and err descriptors become the core's, also on failure. All
  * others stay the caller's; images, the journal and the spill file must stay open until
@@ -40,6 +41,8 @@
 #define CORE_ERROR_MAX 1040     /* four sentences */
 #define CORE_NAME_MAX 32        /* disk name, NUL included */
 #define CORE_SERIAL_BYTES 20    /* VIRTIO_BLK_T_GET_ID */
+#define CORE_DICTIONARIES_MAX 16 /* of a group, at once */
+#define CORE_DICTIONARY_BYTES_MAX 1048576
 
 typedef struct core core;
 
@@ -55,6 +58,12 @@ typedef struct {
     char name[CORE_NAME_MAX];
     char serial[CORE_SERIAL_BYTES]; /* NUL-padded, need not be terminated */
 } core_disk_config;
+
+typedef struct {
+    const void *data;             /* a zstd dictionary; copied */
+    uint64_t bytes;
+    uint32_t id;                  /* zstd's, which is in it */
+} core_dictionary;
 
 typedef struct {
     uint32_t disks;
@@ -74,6 +83,8 @@ typedef struct {
     uint64_t apply_rate;          /* bytes a second into the images; 0: no limit */
     uint32_t spin_us;             /* polling after the last work, before sleeping */
     uint8_t boot_id[16];          /* the kernel's: an arena of another boot is refused */
+    uint32_t dictionaries;
+    core_dictionary dictionary[CORE_DICTIONARIES_MAX]; /* the last one compresses */
     core_disk_config disk[CORE_DISKS_MAX];
 } core_config;
 
@@ -127,6 +138,10 @@ typedef struct {
     uint64_t cluster_hits, cluster_misses; /* of those reads: expanded already, or not */
     uint32_t pack_queue;          /* segments that wait for the packer */
     int32_t pack_level;           /* zstd level that it used last */
+    uint32_t dictionary;          /* id of the one that compresses; 0: none */
+    uint32_t dictionary_bytes;
+    uint32_t dictionaries;        /* loaded: that one, and older ones for what names them */
+    uint64_t dictionary_frames;   /* blocks compressed with one */
     uint64_t commit_ns_last, seal_ns_last, apply_ns_last;
     uint64_t journal_bytes_written, image_bytes_written, spill_bytes_written;
     char error[CORE_ERROR_MAX];   /* what stands: commits, superblock, images, spill; "": nothing */
@@ -211,6 +226,11 @@ int core_arena_inspect(int fd, core_arena_info *out, char *text);
 /* Least size of the file for so many bytes of segments. */
 uint64_t core_spill_file_bytes(uint64_t spill_bytes);
 int core_open(const core_config *config, core **out, char *text);
+/* After core_open(): bit n is set when frames that were found name config->dictionary[n]. */
+uint32_t core_dictionaries_named(core *c);
+/* At any time: one more, for compression from now on. It must be where the next start finds it
+ * before it is added. */
+int core_dictionary_add(core *c, const core_dictionary *dictionary, char *text);
 int core_start(core *c, char *text);
 /* Live view, before core_start(): core_metrics_bytes() bytes of shared memory, all zero, that
  * hold a metrics_page (format.h) until core_close(). fd stays the caller's. */

@@ -126,7 +126,8 @@ int epoch_read(struct group *g, uint32_t disk, uint64_t block, uint8_t want, uin
                const uint8_t **direct);
 
 /* For recovery (reindex.c): enters frames that already lie in the epoch's segments, in seq
- * order. -EILSEQ: bytes that are no frame, or of no disk, or of another epoch's time. */
+ * order. -EILSEQ: bytes that are no frame, or of no disk, or of another epoch's time. -ENOKEY:
+ * a frame names a dictionary that is not there. */
 int epoch_reindex(struct group *g, struct epoch *e);
 /* Points the block's slot at a newer frame, or makes blocks a zero range of that frame; counts
  * what dies. */

@@ -7,9 +7,10 @@
 
 #include "checksum.h"
 
-int expander_start(struct expander *x)
+int expander_start(struct expander *x, struct dictionaries *d)
 {
     memset(x, 0, sizeof(*x));
+    x->dictionaries = d;
     x->context = ZSTD_createDCtx();
     x->block = aligned_alloc(PAGE, BLOCK_BYTES);
     x->frame = malloc(sizeof(*x->frame) + CLUSTER_BYTES);
@@ -42,8 +43,12 @@ const struct frame_header *frame_get(struct expander *x, const struct arena *a, 
 
 static bool unzstd(struct expander *x, const void *from, uint32_t bytes, uint8_t *to, uint32_t want)
 {
+    uint32_t id = x->dictionaries->count > 0 ? ZSTD_getDictID_fromFrame(from, bytes) : 0;
+    const struct dictionary *d = id ? dictionary_by_id(x->dictionaries, id) : NULL;
+
     x->expanded_bytes += want;
-    return ZSTD_decompressDCtx(x->context, to, want, from, bytes) == want;
+    return ZSTD_decompress_usingDDict(x->context, to, want, from, bytes, d ? d->expand : NULL) ==
+           want;
 }
 
 /* Where the cluster is kept, or the place that was not used for longest. */

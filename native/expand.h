@@ -16,11 +16,13 @@
 #include <zstd.h>
 
 #include "arena.h"
+#include "dictionary.h"
 
 #define EXPAND_CLUSTERS 16u /* kept, 32 KiB each */
 
 struct expander {
     ZSTD_DCtx *context;
+    struct dictionaries *dictionaries;    /* the group's */
     uint8_t *block;                       /* one, for parts of blocks */
     struct frame_header *frame;           /* one of the spill file, at most CLUSTER_BYTES */
     uint8_t *cluster;                     /* EXPAND_CLUSTERS x CLUSTER_BYTES */
@@ -32,7 +34,7 @@ struct expander {
     uint64_t wanted_bytes, expanded_bytes; /* of compressed frames: asked for; by zstd */
 };
 
-int expander_start(struct expander *x);
+int expander_start(struct expander *x, struct dictionaries *d);
 void expander_stop(struct expander *x);
 
 /* The frame at loc: in RAM where it lies; of the spill file a copy that is whole, good until

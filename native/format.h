@@ -1,9 +1,11 @@
 /* format.h - every byte that outlives a function call.
  *
  * What lies in the arena (POSIX shared memory, survives the agent), in the journal (survives
- * the host) and in both: frames; and the live view, which others read while the agent runs. Little-endian, as virtio 1 and x86-64/AArch64 are; a
- * big-endian host is refused at compile time. A field that changes meaning changes the
- * version beside its magic; readers refuse other versions.
+ * the host) and in both: frames; and the live view, which others read while the agent runs.
+ * Little-endian, as virtio 1 and x86-64/AArch64 are; a big-endian host is refused at compile
+ * time. A field that changes meaning changes the version beside its magic; readers refuse other
+ * versions. Of dictionary files only Python knows:
+ * agent/dictionary.py.
  */
 #ifndef EPOCHD_FORMAT_H
 #define EPOCHD_FORMAT_H
@@ -29,7 +31,8 @@ static inline uint32_t mask_bytes(uint8_t mask)
 
 enum frame_kind {
     FRAME_RAW = 1,   /* payload: the sectors named by mask, in order, 512 bytes each */
-    FRAME_ZSTD = 2,  /* payload: one zstd frame that expands to the same */
+    FRAME_ZSTD = 2,  /* payload: one zstd frame that expands to the same; it names its dictionary,
+                        if it has one (RFC 8878, 3.1.1.1.3) */
     FRAME_ZERO = 3,  /* no payload: `blocks` blocks (or the masked sectors of one) are zero */
     FRAME_CLUSTER = 4, /* payload: the seq of each of `blocks` neighbouring whole blocks, then
                           one zstd frame that expands to them */
@@ -78,7 +81,7 @@ static inline uint32_t frame_bytes(uint32_t payload_bytes)
 /* ---- Arena: one POSIX shared-memory object ------------------------------------------- */
 
 #define ARENA_MAGIC 0x414e455241435045ull /* "EPCARENA" */
-#define ARENA_VERSION 3u           /* 2: clusters; 3: spill file */
+#define ARENA_VERSION 4u           /* 2: clusters; 3: spill file; 4: dictionaries */
 #ifndef SEGMENT_BYTES               /* the simulator has smaller ones, see tests/sim */
 #define SEGMENT_BYTES 262144u      /* one journal write; small, so that a small epoch that
                                       takes a whole segment wastes little */
@@ -161,7 +164,7 @@ _Static_assert(offsetof(struct spill_header, reserved) == 56, "no padding");
 
 #define JOURNAL_MAGIC 0x314c4e524a435045ull /* "EPCJRNL1" */
 #define RECORD_MAGIC 0x3144524352435045ull  /* "EPCRCRD1" */
-#define JOURNAL_VERSION 2u           /* 2: clusters */
+#define JOURNAL_VERSION 3u           /* 2: clusters; 3: dictionaries */
 #define JOURNAL_LOG_OFFSET 1048576u  /* first byte of the ring */
 #define JOURNAL_SUPER_SLOTS 3u       /* written in turn: the last one may be torn, or only in a
                                         cache since a failed flush; the one before it is whole */

@@ -9,9 +9,11 @@
 
 int group_start(struct group *g, int notify_fd, bool inline_jobs)
 {
-    int error = worker_start(&g->worker, notify_fd, inline_jobs, false);
+    int error = worker_start(&g->worker, &g->dictionaries, notify_fd, inline_jobs, false);
 
-    return error ? error : worker_start(&g->packer, notify_fd, inline_jobs, true);
+    if (!error)
+        error = worker_start(&g->packer, &g->dictionaries, notify_fd, inline_jobs, true);
+    return error;
 }
 
 void group_close(struct group *g)
@@ -35,6 +37,7 @@ void group_close(struct group *g)
     for (uint32_t i = 0; i < g->writers; i++)
         writer_free(&g->writer[i]);
     arena_detach(&g->arena);
+    dictionaries_free(&g->dictionaries);
 }
 
 uint64_t group_index_used(const struct group *g)

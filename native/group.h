@@ -16,6 +16,7 @@
 #include "arena.h"
 #include "checkpoint.h"
 #include "core.h"
+#include "dictionary.h"
 #include "disk.h"
 #include "epoch.h"
 #include "expand.h"
@@ -38,7 +39,7 @@ struct group_stats {
     uint64_t compressed_frames, incompressible_frames, dropped_frames;
     uint64_t compress_ns, commit_ns_last, seal_ns_last, apply_ns_last;
     uint64_t journal_bytes, image_bytes, spill_bytes;
-    uint64_t clusters, pack_bytes_in, pack_bytes_out;
+    uint64_t clusters, pack_bytes_in, pack_bytes_out, dictionary_frames;
 };
 
 struct group {
@@ -60,6 +61,8 @@ struct group {
     uint64_t seq;               /* recovery: of the next frame */
     uint32_t reads_busy;        /* atomic: guest reads that wait for an image */
     uint64_t now_ns;            /* CLOCK_MONOTONIC, as of this round */
+    struct dictionaries dictionaries;
+    uint32_t dictionary_missing; /* epoch_reindex() gave -ENOKEY: which */
     struct worker worker, packer; /* what somebody waits for; compression */
     struct journal journal;
     struct apply apply;

@@ -175,6 +175,8 @@ static void adopted(struct group *g, struct pack *p, struct epoch *e)
     g->stats.compressed_frames += p->compressed;
     g->stats.incompressible_frames += p->raw;
     g->stats.clusters += p->clusters;
+    if (p->dictionary)
+        g->stats.dictionary_frames += p->compressed;
     g->stats.pack_bytes_in += p->bytes_in;
     g->stats.pack_bytes_out += p->bytes_out;
     if (p->compressed > 0)
@@ -316,6 +318,8 @@ static void begin(struct group *g, struct pack *p, struct epoch *e)
 #define LEVEL_BEHIND (-3)     /* when there is no time: a tenth more bytes than level 1 */
 #define LEVEL_EASY 3          /* when there is: a fifth more time, 3 % fewer bytes */
 #define LEVEL_TIGHT 5         /* ... and room is short: two and a half times, 6 % */
+#define LEVEL_EASY_DICTIONARY DICTIONARY_LEVEL_MIN
+#define LEVEL_TIGHT_DICTIONARY 7
 #define EASY_QUEUE 2u         /* segments: the packer keeps up */
 #define TIGHT_PERCENT 50u
 #define STREAK_SKIP 4u        /* so many incompressible segments in a row: try one in four */
@@ -385,7 +389,10 @@ static int level(const struct group *g)
         return LEVEL_BEHIND;
     if (!g->pack.paused && queue > EASY_QUEUE)
         return normal;
-    high = tight ? LEVEL_TIGHT : LEVEL_EASY;
+    if (dictionary_newest(&g->dictionaries))
+        high = tight ? LEVEL_TIGHT_DICTIONARY : LEVEL_EASY_DICTIONARY;
+    else
+        high = tight ? LEVEL_TIGHT : LEVEL_EASY;
     return normal < high ? high : normal;
 }
 

@@ -90,6 +90,7 @@ struct pack {
     bool spilled;               /* the source lies in the spill file ... */
     bool damaged;               /* ... and is not whole */
     bool incompressible;
+    bool dictionary;            /* it compresses with one */
     uint32_t cancel;            /* atomic: a commit waits for the epoch */
     uint64_t bytes_in, bytes_out; /* of payload compressed, and what became of it */
     uint64_t stored;            /* bytes of frames written */

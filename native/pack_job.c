@@ -309,7 +309,7 @@ void pack_run(struct job *job, struct worker *w)
     struct timespec start, stop;
 
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &start);
-    ZSTD_CCtx_setParameter(w->compress, ZSTD_c_compressionLevel, p->level);
+    p->dictionary = squeezer_use(&w->squeezer, &p->group->dictionaries, w->compress, p->level);
     if (!p->gathered)
         take_all(p);
     pack_frames(p, w, &at);

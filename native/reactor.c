@@ -62,6 +62,16 @@ void reactor_done(struct reactor *r, const struct command *c, int64_t result, ui
 
 /* ---- Commands ----------------------------------------------------------------------------- */
 
+static void query_dictionaries(const struct group *g, core_status *out)
+{
+    const struct dictionary *newest = dictionary_newest(&g->dictionaries);
+
+    out->dictionary = newest ? newest->id : 0;
+    out->dictionary_bytes = newest ? newest->bytes : 0;
+    out->dictionaries = __atomic_load_n(&g->dictionaries.count, __ATOMIC_RELAXED);
+    out->dictionary_frames = g->stats.dictionary_frames;
+}
+
 static void query_status(struct reactor *r, core_status *out)
 {
     struct group *g = &r->group;
@@ -126,6 +136,7 @@ static void query_status(struct reactor *r, core_status *out)
     }
     out->pack_queue = pack_queue(g);
     out->pack_level = g->pack.level;
+    query_dictionaries(g, out);
     out->commit_ns_last = g->stats.commit_ns_last;
     out->seal_ns_last = g->stats.seal_ns_last;
     out->apply_ns_last = g->stats.apply_ns_last;

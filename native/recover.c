@@ -598,6 +598,9 @@ static int adopt_segments(struct recovery *r)
     for (uint32_t i = 0; i < g->epochs; i++) {
         int error = epoch_reindex(g, g->epoch[i]);
 
+        if (error == -ENOKEY)
+            return refuse(r, error, "frames of epoch %llu were compressed with dictionary %08x, "
+                          "which is not there", (ull)g->epoch[i]->id, g->dictionary_missing);
         if (error)
             return refuse(r, error, "arena: frames of epoch %llu cannot be read: %s",
                           (ull)g->epoch[i]->id, strerror(-error));
@@ -735,6 +738,15 @@ static int open_writers(struct group *g)
     return error;
 }
 
+static int load_dictionaries(struct group *g, const core_config *config, char *text)
+{
+    int error = 0;
+
+    for (uint32_t i = 0; i < config->dictionaries && !error; i++)
+        error = dictionaries_add(&g->dictionaries, &config->dictionary[i], text);
+    return error;
+}
+
 int group_open(struct group *g, const core_config *config, struct disk *disk, char *text)
 {
     struct recovery r = {.g = g, .text = text};
@@ -750,6 +762,8 @@ int group_open(struct group *g, const core_config *config, struct disk *disk, ch
         apply_init(g) || pack_init(g))
         error = refuse(&r, -ENOMEM, "no memory to start");
     else
+        error = load_dictionaries(g, config, text);
+    if (!error)
         error = recover(&r);
     free(r.buffer);
     if (error) {

@@ -48,6 +48,19 @@ static bool add_frame(struct all_seen *all, const struct frame_header *h, arena_
     return true;
 }
 
+/* Can it be expanded? Asked when frames are counted: later nobody can be told in time. */
+static bool dictionary_there(struct group *g, const struct frame_header *h)
+{
+    uint32_t id = frame_dictionary(h);
+    struct dictionary *d = id ? dictionary_by_id(&g->dictionaries, id) : NULL;
+
+    if (d)
+        d->named = true;
+    else if (id)
+        g->dictionary_missing = id;
+    return d || !id;
+}
+
 static int collect_list(struct group *g, const struct segment_list *l, struct all_seen *all)
 {
     for (uint32_t n = 0, segment = l->first; n < l->count; n++, segment = g->arena.next[segment]) {
@@ -61,6 +74,8 @@ static int collect_list(struct group *g, const struct segment_list *l, struct al
 
             if (!h || !frame_plausible(h, tail - at) || !on_disk(g, h) || !add_frame(all, h, loc))
                 return -EILSEQ; /* below a published tail all frames are whole */
+            if (!all->at && !dictionary_there(g, h))
+                return -ENOKEY;
             at += frame_bytes(h->payload_bytes);
         }
     }

@@ -93,7 +93,8 @@ static void *helper(void *arg)
     return NULL;
 }
 
-int worker_start(struct worker *w, int notify_fd, bool inline_jobs, bool background)
+int worker_start(struct worker *w, struct dictionaries *d, int notify_fd, bool inline_jobs,
+                 bool background)
 {
     int error;
 
@@ -103,7 +104,7 @@ int worker_start(struct worker *w, int notify_fd, bool inline_jobs, bool backgro
     w->notify_fd = notify_fd;
     w->wake_fd = -1;
     w->compress = ZSTD_createCCtx();
-    error = expander_start(&w->expand);
+    error = expander_start(&w->expand, d);
     if (!w->compress)
         error = -ENOMEM;
     if (!error && !inline_jobs) {
@@ -129,6 +130,7 @@ void worker_stop(struct worker *w)
     if (w->wake_fd >= 0)
         close(w->wake_fd);
     ZSTD_freeCCtx(w->compress);
+    squeezer_free(&w->squeezer);
     expander_stop(&w->expand);
     memset(w, 0, sizeof(*w));
     w->wake_fd = -1;

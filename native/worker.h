@@ -47,11 +47,13 @@ struct worker {
     bool started;
     pthread_t thread;
     ZSTD_CCtx *compress;        /* the helper's */
+    struct squeezer squeezer;   /* the helper's */
     struct expander expand;     /* the helper's */
 };
 
 /* notify_fd: the reactor's eventfd, -1 with inline_jobs. */
-int worker_start(struct worker *w, int notify_fd, bool inline_jobs, bool background);
+int worker_start(struct worker *w, struct dictionaries *d, int notify_fd, bool inline_jobs,
+                 bool background);
 void worker_stop(struct worker *w);
 bool worker_submit(struct worker *w, struct job *job, bool urgent);
 uint32_t worker_reap(struct worker *w);

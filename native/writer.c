@@ -17,7 +17,7 @@ int writer_init(struct group *g, uint32_t number, uint64_t index_limit)
                          .stock = SEGMENT_NONE, .worn = SEGMENT_NONE};
     index_memory_init(&w->index_memory, index_limit / g->writers);
     w->scratch = aligned_alloc(PAGE, BLOCK_BYTES);
-    return expander_start(&w->expand) || !w->scratch ? -ENOMEM : 0;
+    return expander_start(&w->expand, &g->dictionaries) || !w->scratch ? -ENOMEM : 0;
 }
 
 void writer_free(struct writer *w)

@@ -23,6 +23,8 @@ static void task_run(struct job *job, struct worker *w)
         t->order[(*t->place)++] = t->number;
 }
 
+static struct dictionaries no_dictionaries;
+
 static void task_done(struct job *job)
 {
     ((struct task *)job)->done++;
@@ -52,7 +54,7 @@ static void jobs_come_back_once_each(void **state)
 
     (void)state;
     assert_non_null(w);
-    assert_int_equal(worker_start(w, notify, false, false), 0);
+    assert_int_equal(worker_start(w, &no_dictionaries, notify, false, false), 0);
     for (uint32_t round = 0; round < ROUNDS; round++) {
         /* Mostly one or two: that is when the helper falls asleep in between. */
         uint32_t count = 1 + (uint32_t)dice_below(&d, dice_below(&d, 20) ? 2 : WORKER_RING);
@@ -78,7 +80,7 @@ static void a_full_ring_takes_no_more(void **state)
 
     (void)state;
     assert_non_null(w);
-    assert_int_equal(worker_start(w, -1, true, false), 0);
+    assert_int_equal(worker_start(w, &no_dictionaries, -1, true, false), 0);
     for (uint32_t i = 0; i <= WORKER_RING; i++)
         task[i] = task_new(i);
     for (uint32_t i = 0; i < WORKER_RING; i++)
@@ -103,7 +105,7 @@ static void urgent_jobs_overtake(void **state)
 
     (void)state;
     assert_non_null(w);
-    assert_int_equal(worker_start(w, -1, true, false), 0);
+    assert_int_equal(worker_start(w, &no_dictionaries, -1, true, false), 0);
     for (uint32_t i = 0; i < 6; i++) {
         task[i] = task_new(i);
         task[i].order = order;
@@ -126,7 +128,7 @@ static void stopping_does_not_wait_for_work(void **state)
         struct task task = task_new(0);
 
         assert_non_null(w);
-        assert_int_equal(worker_start(w, notify, false, false), 0);
+        assert_int_equal(worker_start(w, &no_dictionaries, notify, false, false), 0);
         if (round % 2)
             assert_true(worker_submit(w, &task.job, false));
         worker_stop(w);

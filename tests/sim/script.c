@@ -27,6 +27,7 @@ static void make_setup(struct setup *u, struct rng *r)
     u->segments = rng_chance(r, 50) ? SIM_SEGMENTS : 5 + rng_below(r, 5);
     u->ring_bytes = (u->segments * (SEGMENT_BYTES / PAGE) + 2 + rng_below(r, 6)) * PAGE;
     u->compress_level = rng_chance(r, 50);
+    u->dictionary = u->compress_level && rng_chance(r, 40);
     if (rng_chance(r, 50))
         u->fault_percent = 3 + rng_below(r, 20);
     u->no_fallocate = rng_chance(r, 20);
@@ -248,10 +249,11 @@ void script_shrink(struct sim *s, struct script *p)
 
 void script_print(const struct script *p, FILE *out)
 {
-    fprintf(out, "    %u disks, %u reactors, ring of %llu pages, compression %d, %u %% faults%s%s, "
+    fprintf(out, "    %u disks, %u reactors, ring of %llu pages, compression %d%s, %u %% faults%s%s, "
                  "%llu bytes/s\n",
             p->setup.disks, p->setup.reactors, (unsigned long long)p->setup.ring_bytes / PAGE,
-            p->setup.compress_level, p->setup.fault_percent,
+            p->setup.compress_level, p->setup.dictionary ? " with a dictionary" : "",
+            p->setup.fault_percent,
             p->setup.no_fallocate ? ", no fallocate" : "",
             p->setup.journal_fua ? ", forced unit access" : "",
             (unsigned long long)p->setup.apply_rate);

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <zdict.h>
 
 #include "check.h"
 
@@ -131,6 +132,27 @@ static void arena_wipe(struct world *w)
     memset(w->arena, 0, PAGE);
 }
 
+/* Of some of the patterns that are written. */
+static core_dictionary the_dictionary(void)
+{
+    enum { ID = 40000, SAMPLES = 64, BYTES = 2048 };
+    static uint8_t made[BYTES], content[2 * SECTOR_BYTES], sample[SAMPLES * SECTOR_BYTES];
+    static size_t bytes, sizes[SAMPLES];
+    ZDICT_params_t params = {.dictID = ID};
+
+    for (uint32_t i = 0; bytes == 0 && i < SAMPLES; i++) {
+        sizes[i] = SECTOR_BYTES;
+        memcpy(sample + i * SECTOR_BYTES, model_pattern(1 + i), SECTOR_BYTES);
+        if (i < 2)
+            memcpy(content + i * SECTOR_BYTES, model_pattern(1 + i), SECTOR_BYTES);
+    }
+    if (bytes == 0)
+        bytes = ZDICT_finalizeDictionary(made, BYTES, content, sizeof(content), sample, sizes,
+                                         SAMPLES, params);
+    check(!ZDICT_isError(bytes));
+    return (core_dictionary){.data = made, .bytes = bytes, .id = ID};
+}
+
 static void configure(struct world *w, const struct setup *setup)
 {
     core_config *c = &w->config;
@@ -147,6 +169,9 @@ static void configure(struct world *w, const struct setup *setup)
     c->arena_fd = w->arena_fd;
     c->arena_bytes = w->arena_bytes - (SIM_SEGMENTS - setup->segments) * SEGMENT_BYTES;
     c->compress_level = setup->compress_level;
+    c->dictionaries = setup->dictionary;
+    if (setup->dictionary)
+        c->dictionary[0] = the_dictionary();
     for (uint32_t i = 0; i < setup->disks; i++) {
         core_disk_config *d = &c->disk[i];
 
@@ -546,6 +571,7 @@ void world_close(struct world *w)
     }
     if (w->up) {
         w->sim->clusters += w->group.stats.clusters;
+        w->sim->with_dictionary += w->group.stats.dictionary_frames;
         group_close(&w->group);
     }
     w->up = false;

@@ -34,6 +34,7 @@ struct setup {
     uint64_t ring_bytes;
     uint32_t segments;           /* of the arena */
     int compress_level;
+    bool dictionary;
     uint32_t fault_percent;
     bool no_fallocate;
     uint64_t apply_rate;
@@ -51,7 +52,7 @@ struct sim {
     uint32_t samples;
     uint64_t states, states_max; /* recovered and checked */
     uint64_t kinds[CRASH_KINDS];
-    uint64_t nested, points, faults, commits, clusters;
+    uint64_t nested, points, faults, commits, clusters, with_dictionary;
     uint64_t deadline;           /* states at which this run's crashes stop being looked at */
     bool failed;
     uint32_t failed_depth;
