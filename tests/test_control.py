@@ -279,6 +279,7 @@ def test_commands_are_listed(shared: Daemon) -> None:
         "epoch-commit",
         "epoch-discard",
         "promote",
+        "dictionary-load",
         "quit",
     }
 

@@ -27,7 +27,7 @@ static void make_setup(struct setup *u, struct rng *r)
     u->segments = rng_chance(r, 50) ? SIM_SEGMENTS : 5 + rng_below(r, 5);
     u->ring_bytes = (u->segments * (SEGMENT_BYTES / PAGE) + 2 + rng_below(r, 6)) * PAGE;
     u->compress_level = rng_chance(r, 50);
-    u->dictionary = u->compress_level && rng_chance(r, 40);
+    u->dictionary = u->compress_level && r->state % 5 < 2; /* nothing drawn: the rest stays */
     if (rng_chance(r, 50))
         u->fault_percent = 3 + rng_below(r, 20);
     u->no_fallocate = rng_chance(r, 20);
