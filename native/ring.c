@@ -284,27 +284,8 @@ static void has_news(struct ring *r)
     core->news[core->news_count++] = r;
 }
 
-void ring_push(struct ring *r, uint16_t head, uint32_t len)
-{
-    uint32_t at = r->used_idx & (r->size - 1);
-
-    if (!r->to_publish)
-        has_news(r);
-    store_once(&r->used->ring[at].id, head);
-    store_once(&r->used->ring[at].len, len);
-    log_used(r, 4 + (uint64_t)at * sizeof(struct vring_used_elem), sizeof(struct vring_used_elem));
-    r->used_idx++;
-    if (r->record && head < r->record_size) {
-        if (r->batched == CORE_QUEUE_SIZE_MAX)
-            ring_publish(r);
-        r->record->desc[head].next = r->record->last_batch_head;
-        r->record->last_batch_head = head;
-        r->batch[r->batched++] = head;
-    }
-    crash_point("push-before-publish");
-}
-
-void ring_publish(struct ring *r)
+/* Lets the driver see what was pushed, for it may be looking; it is not called yet. */
+static void show(struct ring *r)
 {
     if (r->published == r->used_idx || !r->used)
         return;
@@ -321,6 +302,35 @@ void ring_publish(struct ring *r)
         __atomic_store_n(&r->record->used_idx, r->used_idx, __ATOMIC_RELEASE);
     }
     r->batched = 0;
+    r->to_call = true;
+}
+
+void ring_push(struct ring *r, uint16_t head, uint32_t len)
+{
+    uint32_t at = r->used_idx & (r->size - 1);
+
+    if (!r->to_publish)
+        has_news(r);
+    store_once(&r->used->ring[at].id, head);
+    store_once(&r->used->ring[at].len, len);
+    log_used(r, 4 + (uint64_t)at * sizeof(struct vring_used_elem), sizeof(struct vring_used_elem));
+    r->used_idx++;
+    if (r->record && head < r->record_size) {
+        if (r->batched == CORE_QUEUE_SIZE_MAX)
+            show(r);
+        r->record->desc[head].next = r->record->last_batch_head;
+        r->record->last_batch_head = head;
+        r->batch[r->batched++] = head;
+    }
+    crash_point("push-before-publish");
+}
+
+void ring_publish(struct ring *r)
+{
+    show(r);
+    if (!r->to_call || !r->used)
+        return;
+    r->to_call = false;
     if (call_wanted(r))
         ring_call(r);
 }
@@ -519,7 +529,10 @@ static void fetch_ahead(const struct ring *r, uint32_t ahead)
 }
 
 /* Chains are prepared ahead of the request in hand. While its data is copied, the next one's
- * table and index bucket arrive, and one before that what the index points at. */
+ * table and index bucket arrive, and one before that what the index points at.
+ *
+ * A short round may be all that the driver has in flight: it sees the first half early and
+ * makes new requests while the other half is served. A driver with more has work anyway. */
 static uint32_t take(struct ring *r, uint32_t count)
 {
     struct chain *chain = r->blk->core->chain;
@@ -546,7 +559,8 @@ static uint32_t take(struct ring *r, uint32_t count)
         }
         r->requests++;
         r->last_avail++;
-        done++;
+        if (++done % SHOW_EVERY == 0 && count <= 2 * SHOW_EVERY)
+            show(r);
     }
     return done;
 }

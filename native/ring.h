@@ -23,6 +23,7 @@ struct blk;
 
 #define CHAIN_SPANS_MAX (CORE_QUEUE_SIZE_MAX + 64u) /* a buffer may cross regions */
 #define CHAINS_AHEAD 4u          /* prepared at once, that of the request in hand included */
+#define SHOW_EVERY 16u           /* see take() */
 #define VHOST_VRING_LOG 1u       /* flag of SET_VRING_ADDR: used ring is logged */
 
 /* In-flight region, one a queue (vhost-user "split virtqueue" layout). */
@@ -76,6 +77,7 @@ struct ring {
     bool kicked;                  /* SET_VRING_KICK came: the ring is started */
     bool fresh;                   /* not yet run since it was started */
     bool enabled, running, broken, stopping;
+    bool to_call;                 /* more is published than the driver was called for */
     bool to_publish;              /* in the reactor's list of rings that have news */
     bool held;                    /* the next request waits for room in the arena ... */
     bool held_told;               /* ... not only in its writer's stock */
