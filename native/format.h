@@ -117,8 +117,12 @@ struct arena_header {
     uint32_t zero;
     uint8_t spill_id[16];   /* of the file that they lie in; another one is refused. Anew
                                whenever a start finds none of them in use */
-    uint8_t reserved[PAGE - 128 - 16 * ARENA_DISCARDED_MAX];
+    uint64_t condensed;     /* newest epoch whose record has less than the arena: that is no
+                               damage. 0: none, as in arenas of older agents */
+    uint8_t reserved[PAGE - 136 - 16 * ARENA_DISCARDED_MAX];
 };
+_Static_assert(offsetof(struct arena_header, reserved) == 136 + 16 * ARENA_DISCARDED_MAX,
+               "no padding");
 _Static_assert(sizeof(struct arena_header) == PAGE, "the header is page 0");
 _Static_assert(offsetof(struct arena_header, spill_id) == 112 + 16 * ARENA_DISCARDED_MAX,
                "no padding");

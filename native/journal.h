@@ -1,10 +1,10 @@
-/* journal.h - the write-ahead journal: superblock, record ring, commit.
+/* journal.h - the write-ahead journal: superblock, record ring, commit (commit.c).
  *
  * The durable commit record is the only commit point. A commit writes the segments of its
- * epochs from where they lie in the arena, and a header that covers them by checksum; waits
- * for all completions; then fdatasync; then acknowledges. A small record is one durable write
- * instead. Nothing orders the writes among themselves: a record that is not whole has a wrong
- * checksum and does not count.
+ * epochs from where they lie in the arena, or copies of what is alive in them (condense.h), and a
+ * header that covers them by checksum; waits for all completions; then fdatasync; then
+ * acknowledges. A small record is one durable write instead. Nothing orders the writes among
+ * themselves: a record that is not whole has a wrong checksum and does not count.
  *
  * Owner: the reactor thread. Errors: any failed write or flush fails the commit as a whole;
  * the epochs are sealed again and a repeat writes everything anew, since after a failed
@@ -19,6 +19,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "condense.h"
 #include "disk.h"
 #include "epoch.h"
 #include "format.h"
@@ -30,7 +31,7 @@ struct group;
 #define JOURNAL_EPOCH_STEP 4096u /* ids reserved at once */
 #endif
 #define JOURNAL_WRITE_MAX (4u * SEGMENT_BYTES) /* neighbours written as one */
-#define JOURNAL_WRITES_MAX 16u   /* in flight */
+#define JOURNAL_PIECES 16u       /* in flight, each with a buffer of that size */
 #ifndef JOURNAL_SMALL_BYTES      /* the simulator has smaller ones, see tests/sim */
 #define JOURNAL_SMALL_BYTES 131072u  /* a record up to this is copied together: one write */
 #endif
@@ -50,43 +51,52 @@ struct journal_sync {
     struct journal_sync *next;     /* waits for its turn */
 };
 
-/* One segment of the commit in progress. */
-struct commit_segment {
-    uint32_t segment, bytes, crc;
-    bool verify;                   /* frames that have a checksum must have the right one */
-    uint64_t epoch;
-    uint64_t lsn;
-};
-
-struct commit_write {
-    struct disk_op op;
-    struct iovec iov;
-    bool busy;
+/* Neighbours in the record on their way: the helper checks them, and copies those that are not
+ * written from where they lie; then they are written. */
+struct commit_piece {
+    struct job job;
+    struct group *group;
+    uint32_t first, end;           /* segments of the record; end excluded */
+    uint8_t *buffer;               /* its own, JOURNAL_WRITE_MAX */
+    uint8_t *from;                 /* what is written */
+    uint32_t busy;                 /* the job, or writes in flight; 0: free */
+    bool damaged;                  /* a frame's checksum was wrong */
+    bool spill_lost;               /* in the spill file */
+    struct commit_write {
+        struct disk_op op;
+        struct iovec iov;
+        struct commit_piece *piece;
+    } write[2];                    /* the second one behind the ring's end */
 };
 
 enum commit_phase {
-    COMMIT_IDLE, COMMIT_JOBS, COMMIT_SPACE, COMMIT_WRITE, COMMIT_SYNC, COMMIT_FINISHED
+    COMMIT_IDLE, COMMIT_JOBS, COMMIT_CONDENSE, COMMIT_SPACE, COMMIT_WRITE, COMMIT_SYNC,
+    COMMIT_FINISHED
 };
 
 struct commit {
     enum commit_phase phase;
     uint64_t first, last;          /* epochs */
-    struct commit_segment *segment;
-    uint32_t segments, segments_max;
+    struct commit_source *source;
+    struct commit_segment *segment; /* as many at most */
+    uint32_t sources, sources_max, segments;
+    struct condense condense;
+    struct job job;                /* condensing */
+    bool job_busy;
+    uint32_t taken;                /* segments that are in a piece, or were */
     uint32_t checked;              /* segments whose checksums are done */
-    uint32_t written;              /* segments given to writes */
-    uint32_t busy;                 /* writes in flight */
-    bool header_written, job_busy;
-    bool damaged;                  /* the job's: a frame's checksum was wrong */
-    bool spill_lost;               /* in the spill file */
-    uint32_t job_end;
-    struct job job;
+    uint32_t busy;                 /* pieces */
+    bool header_written;
+    bool differs;                  /* the record is not just what lies in the arena */
+    bool spill_lost;               /* why it fails */
     uint8_t *header;               /* record_header and table; a small record whole */
     uint64_t header_max;
     uint64_t record_bytes;
     int error;
     uint64_t start_ns, write_ns, sync_ns; /* when it began, and these phases of it */
-    struct commit_write write[JOURNAL_WRITES_MAX];
+    uint8_t *buffers;
+    struct commit_piece piece[JOURNAL_PIECES];
+    struct commit_piece header_piece;
     struct journal_sync sync;
 };
 
@@ -135,10 +145,8 @@ struct journal {
     void (*void_done)(struct group *g, int error);
 };
 
-int journal_init(struct journal *j);
+int journal_init(struct group *g);
 void journal_free(struct journal *j);
-/* To be called at the start: a file that loses its name later is no journal any more. */
-void journal_file_known(struct group *g);
 
 /* Byte in the file where the position lies. */
 static inline uint64_t journal_offset(const struct journal *j, uint64_t lsn)
@@ -151,12 +159,19 @@ static inline uint64_t journal_used(const struct journal *j)
 }
 uint64_t journal_ring_bytes(uint64_t file_bytes);
 
+/* Before the first of the writes that a flush is to cover; and when they all have completed. */
+void journal_sync_prepare(struct group *g, struct journal_sync *s,
+                          void (*done)(struct group *g, int error));
+void journal_sync_start(struct group *g, struct journal_sync *s);
+
 /* Superblock. fill: the page as of now. save: write it and tell `done` when it is durable. */
 void journal_super_fill(struct group *g, struct journal_super *page);
 uint32_t journal_super_crc(const struct journal_super *page);
 void journal_super_save(struct group *g, uint64_t epoch_limit,
                         void (*done)(struct group *g, int error));
 
+/* commit.c. To be called at the start: a file that loses its name later is no journal any more. */
+void journal_file_known(struct group *g);
 /* Commit all sealed epochs up to `last`. The outcome is in commit.phase (COMMIT_FINISHED)
  * and commit.error; journal_commit_end() takes note of it. */
 void journal_commit_begin(struct group *g, uint64_t last);

@@ -29,6 +29,9 @@ enum mutant {
     MUTANT_BELIEVE_RECORD,        /* believe the cache, with the arena */
     MUTANT_REUSE_IDS,             /* after a reboot, go on with the next id */
     MUTANT_ID_BEFORE_LIMIT,       /* use ids before they are reserved */
+    MUTANT_CONDENSE_KEEPS_OLDEST, /* of several epochs in a record the oldest version */
+    MUTANT_CONDENSE_DROPS_PARTS,  /* in a record, a newer part of a block hides all of it */
+    MUTANT_CONDENSE_WITHOUT_RANGES, /* a record without frames of zero ranges */
     MUTANT_FORGET_SEQ,            /* number frames from 1 after a restart */
     MUTANT_COUNT
 };

@@ -112,7 +112,9 @@ static void undo(struct group *g, struct pack *p, struct epoch *e)
     if (e->packed.segment != SEGMENT_NONE)
         __atomic_store_n(&g->arena.desc[e->packed.segment].tail, e->packed.tail, __ATOMIC_RELEASE);
     p->spare_used = false;
-    if (p->incompressible) {
+    if (e->frozen && !p->reclaim) { /* a commit may read it: it stays, dead or alive */
+        segment_list_append(&g->arena, &p->part->raw_list, p->source);
+    } else if (p->incompressible) {
         g->stats.incompressible_frames += p->frames;
         p->streak++;
         pack_keep(g, e, p->source);
@@ -360,6 +362,22 @@ static bool may_reclaim_spilled(const struct group *g, const struct epoch *e)
 {
     return e->spill_worn_list.count > 0 && !g->spill.fault &&
            g->arena.spill_free_count < g->arena.spill_segments / 4 + 1;
+}
+
+/* A worn segment's job copies, that does not take long; spilled ones are read from a disk. */
+uint32_t pack_may_borrow(const struct group *g, const struct epoch *e)
+{
+    const struct pack *p = &g->pack;
+
+    return p->phase == PACK_JOB && p->epoch == e && !p->reclaim;
+}
+
+uint32_t pack_borrow(struct group *g, const struct epoch *e)
+{
+    if (!pack_may_borrow(g, e))
+        return SEGMENT_NONE;
+    __atomic_store_n(&g->pack.cancel, 1, __ATOMIC_RELAXED);
+    return g->pack.source;
 }
 
 uint32_t pack_queue(const struct group *g)

@@ -19,6 +19,9 @@
  * worn one is copied back to RAM when the file is short, to move again when it is full. The
  * helper reads it first. A copy without the right checksum is not used: the file has lost it.
  *
+ * A commit freezes its epochs. It does not wait for the job in flight, which may not come to run
+ * for long: it reads the source, and what the job has made is undone.
+ *
  * Owner: the group's; the job in flight is the helper's. One job at a time. A step
  * looks at PACK_PIECE frames at most, so that no guest request waits for a whole segment.
  */
@@ -91,7 +94,7 @@ struct pack {
     bool damaged;               /* ... and is not whole */
     bool incompressible;
     bool dictionary;            /* it compresses with one */
-    uint32_t cancel;            /* atomic: a commit waits for the epoch */
+    uint32_t cancel;            /* atomic: what becomes of it is not wanted */
     uint64_t bytes_in, bytes_out; /* of payload compressed, and what became of it */
     uint64_t stored;            /* bytes of frames written */
     uint64_t compressed, raw, clusters; /* blocks, blocks, frames */
@@ -114,6 +117,12 @@ void pack_free(struct group *g);
 bool pack_step(struct group *g);
 /* When pack_step() is due again, in ns; 0: when something has changed. */
 uint64_t pack_timer(const struct group *g);
+
+/* 1: the packer is at work on a segment of the epoch, and a commit need not wait for that. */
+uint32_t pack_may_borrow(const struct group *g, const struct epoch *e);
+/* That segment, which is in no list: it stays as it is, what the packer makes of it is dropped.
+ * SEGMENT_NONE: there is none. */
+uint32_t pack_borrow(struct group *g, const struct epoch *e);
 
 /* Raw segments that wait for the packer, those aside that are left raw for now. */
 uint32_t pack_queue(const struct group *g);

@@ -454,3 +454,11 @@ bool ranges_next(const struct ranges *r, struct range_extent *x)
     x->end = end - place_of(x->disk, 0);
     return true;
 }
+
+void ranges_each(const struct ranges *r, void (*found)(void *owner, arena_loc loc), void *owner)
+{
+    struct path p;
+
+    for (const struct range *x = first_from(r, 0, &p); x; x = next(&p))
+        found(owner, x->loc);
+}

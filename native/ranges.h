@@ -82,4 +82,7 @@ bool ranges_left(const struct ranges *r, uint32_t disk, uint64_t first, uint64_t
 /* What comes behind *x, in order; *x starts as zeroes. Very many neighbours come in pieces. */
 bool ranges_next(const struct ranges *r, struct range_extent *x);
 
+/* The frames that there is anything left of; one that was cut comes once for each part. */
+void ranges_each(const struct ranges *r, void (*found)(void *owner, arena_loc loc), void *owner);
+
 #endif

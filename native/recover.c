@@ -377,7 +377,8 @@ static void give_back(struct recovery *r, const struct record_header *h)
 }
 
 /* The record's epochs in the arena, as the record has them. That one is right: it is whole and
- * was acknowledged. Something else in the arena was changed from outside. */
+ * was acknowledged. Something else in the arena was changed from outside, unless the record was
+ * made without what was dead. */
 static int bring_in(struct recovery *r, const struct record_header *h, bool *whole)
 {
     bool same;
@@ -391,7 +392,8 @@ static int bring_in(struct recovery *r, const struct record_header *h, bool *who
             return error;
         give_back(r, h);
         error = read_data(r, h, DATA_INTO_ARENA, whole, &same);
-        r->replaced_last = h->epoch_last;
+        if (h->epoch_last > r->g->arena.header->condensed)
+            r->replaced_last = h->epoch_last;
     }
     if (!error && !*whole)
         give_back(r, h);
@@ -758,7 +760,7 @@ int group_open(struct group *g, const core_config *config, struct disk *disk, ch
     g->seq = 1;
     g->worker.wake_fd = g->packer.wake_fd = -1; /* not started yet */
     r.buffer = aligned_alloc(PAGE, SCAN_BYTES);
-    if (open_writers(g) || !r.buffer || journal_init(&g->journal) ||
+    if (open_writers(g) || !r.buffer || journal_init(g) ||
         apply_init(g) || pack_init(g))
         error = refuse(&r, -ENOMEM, "no memory to start");
     else
