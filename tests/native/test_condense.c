@@ -169,7 +169,7 @@ static void a_record_has_each_block_once(void **state)
     commit(b);
     r = record(b);
     assert_in_range(r.frames, BLOCKS, BLOCKS + BLOCKS / CONDENSE_DEAD_SHARE);
-    assert_true(r.segments <= used / 4);
+    assert_true(r.segments <= used / 2);
     check_starts(b);
 }
 

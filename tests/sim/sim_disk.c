@@ -333,6 +333,17 @@ static void abandon(struct sim_disk *d, const struct sim_write *w, bool stale)
     }
 }
 
+/* An older write that was given up may have hidden a durable one: reads see that, and what was
+ * written over it since. */
+static void show(struct sim_disk *d, uint32_t index)
+{
+    uint32_t file = d->write[index]->file;
+
+    for (uint32_t i = index; i < d->writes; i++)
+        if (d->write[i]->file == file && d->write[i]->done)
+            write_to(&d->file[file].current, d->write[i]);
+}
+
 static int64_t do_sync(struct sim_disk *d, const struct sim_flying *f, bool fail)
 {
     bool stale = fail && rng_chance(&d->rng, 25);
@@ -350,8 +361,8 @@ static int64_t do_sync(struct sim_disk *d, const struct sim_flying *f, bool fail
             abandon(d, w, stale);
         else
             write_to(&d->file[w->file].durable, w);
-        if (w->durable) /* an older one that was given up may have hidden it */
-            write_to(&d->file[w->file].current, w);
+        if (w->durable)
+            show(d, i);
         forget(d, i);
     }
     return fail ? -EIO : 0;
