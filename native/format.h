@@ -81,7 +81,7 @@ static inline uint32_t frame_bytes(uint32_t payload_bytes)
 /* ---- Arena: one POSIX shared-memory object ------------------------------------------- */
 
 #define ARENA_MAGIC 0x414e455241435045ull /* "EPCARENA" */
-#define ARENA_VERSION 4u           /* 2: clusters; 3: spill file; 4: dictionaries */
+#define ARENA_VERSION 4u           /* 2: clusters; 3: spill file; 4: dictionaries, condensed */
 #ifndef SEGMENT_BYTES               /* the simulator has smaller ones, see tests/sim */
 #define SEGMENT_BYTES 262144u      /* one journal write; small, so that a small epoch that
                                       takes a whole segment wastes little */
@@ -118,7 +118,7 @@ struct arena_header {
     uint8_t spill_id[16];   /* of the file that they lie in; another one is refused. Anew
                                whenever a start finds none of them in use */
     uint64_t condensed;     /* newest epoch whose record has less than the arena: that is no
-                               damage. 0: none, as in arenas of older agents */
+                               damage. 0: none has */
     uint8_t reserved[PAGE - 136 - 16 * ARENA_DISCARDED_MAX];
 };
 _Static_assert(offsetof(struct arena_header, reserved) == 136 + 16 * ARENA_DISCARDED_MAX,

@@ -108,7 +108,7 @@ static void an_arena_of_somebody_else_is_refused(void **state)
     refused(fd, other_group, boot, "another consistency group");
     refused(fd, group, other_boot, "another boot");
     h->version++;
-    refused(fd, group, boot, "layout version 4");
+    refused(fd, group, boot, "this agent reads version");
     h->version--;
     h->segment_bytes *= 2;
     refused(fd, group, boot, "layout version");
