@@ -233,9 +233,13 @@ static bool read_block(struct reading *g, uint64_t block, uint8_t want, struct s
         return false;
     if (found == want) {
         uint32_t first = (uint32_t)__builtin_ctz(want);
+        const uint8_t *at, *ahead = g->b->core->ahead;
+        uint64_t got;
 
-        span_write(to, direct ? direct : from + first * SECTOR_BYTES,
-                   mask_bytes(want));
+        if (direct && want == MASK_FULL && span_left(to, &at) >= BLOCK_BYTES)
+            copy_block(span_piece(to, BLOCK_BYTES, &got), direct, ahead ? ahead : direct);
+        else
+            span_write(to, direct ? direct : from + first * SECTOR_BYTES, mask_bytes(want));
         return flush_run(g);
     }
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
@@ -565,8 +569,9 @@ __attribute__((noinline)) static void trace_begin(struct ring *r, const struct c
 
 void blk_look_ahead(struct blk *b, const struct chain *c)
 {
+    b->core->ahead = NULL;
     if (c->header.type == VIRTIO_BLK_T_IN && c->out_bytes >= sizeof(c->header))
-        epoch_fetch(b->writer, b->disk, c->header.sector / BLOCK_SECTORS);
+        b->core->ahead = epoch_frame(b->writer, b->disk, c->header.sector / BLOCK_SECTORS);
 }
 
 bool blk_execute(struct ring *r, const struct chain *c)

@@ -1,4 +1,4 @@
-/* copy.h - guest data into the arena, around the cache.
+/* copy.h - guest data into the arena, around the cache; and out of it.
  *
  * What is written into the arena is next read much later, and by somebody else. Ordinary
  * stores would first fetch each line of the arena from memory only to overwrite it, which is
@@ -18,6 +18,11 @@
 /* A frame header and a whole block behind it: `to` is aligned to FRAME_ALIGN. `from` may be
  * changed by others meanwhile; it is read once. */
 extern void (*copy_frame)(uint8_t *to, const struct frame_header *header, const uint8_t *from);
+
+/* A whole block out of the arena into guest memory, line by line, and the lines of the block that
+ * is copied next (any address will do) into the cache: all at once they would fill the queue
+ * that every other miss has to wait in. */
+extern void (*copy_block)(uint8_t *to, const uint8_t *from, const uint8_t *next);
 
 /* What copy_frame() wrote comes before what is stored from here on. */
 static inline void copy_fence(void)

@@ -257,16 +257,11 @@ void epoch_expect(const struct writer *w, uint32_t disk, uint64_t block)
     index_prefetch(&w->open->index, disk, block);
 }
 
-void epoch_fetch(const struct writer *w, uint32_t disk, uint64_t block)
+const uint8_t *epoch_frame(const struct writer *w, uint32_t disk, uint64_t block)
 {
     const struct index_slot *s = index_find(&w->open->index, disk, block);
-    const uint8_t *at;
 
-    if (!s || !s->mask)
-        return;
-    at = (const uint8_t *)arena_frame(&w->group->arena, s->loc);
-    for (uint32_t i = 0; i < FRAME_BYTES_MAX; i += 64)
-        prefetch(at + i);
+    return s && s->mask ? (const uint8_t *)arena_frame(&w->group->arena, s->loc) : NULL;
 }
 
 /* Bytes behind the last frame. */

@@ -95,8 +95,8 @@ struct index *epoch_index(const struct epoch *e, uint32_t disk);
 /* A request for the block comes next: gets what it will look up under way to the cache. */
 void epoch_expect(const struct writer *w, uint32_t disk, uint64_t block);
 
-/* A read of the block comes soon: gets what the open epoch has of it under way. */
-void epoch_fetch(const struct writer *w, uint32_t disk, uint64_t block);
+/* Where the open epoch has a frame of the block; NULL: it has none, or only zeroes. A hint. */
+const uint8_t *epoch_frame(const struct writer *w, uint32_t disk, uint64_t block);
 
 /* A writer's round. Between begin and end, frames are not shown one by one: publish shows all so
  * far, and must come before any of their requests is answered. Nothing else may look at the

@@ -70,6 +70,7 @@ struct reactor {
     struct chain chain[CHAINS_AHEAD]; /* of the request in hand, and of those after it */
     struct ring *news[RINGS_MAX]; /* rings with answers that their drivers do not see yet */
     uint32_t news_count;
+    const uint8_t *ahead;         /* what the request behind the one in hand will read, or NULL */
     uint8_t *block;               /* one block, for reads */
     pthread_t thread;
     bool started, exit;
