@@ -298,7 +298,8 @@ static bool check_copy(struct commit_segment *s, uint8_t *copy)
 
 static bool copied(const struct commit *c, const struct commit_segment *s)
 {
-    return small(c) || s->condensed || c->source[s->source].copy;
+    return small(c) || s->condensed ||
+           (c->source[s->source].copy && !mutant(MUTANT_SPILL_UNCOPIED));
 }
 
 static void check_segment(struct group *g, struct commit_piece *p, struct commit_segment *s)
@@ -311,7 +312,8 @@ static void check_segment(struct group *g, struct commit_piece *p, struct commit
     if (s->condensed) {
         p->damaged |= !condense_copy(&c->condense, c, &g->arena, s, to);
     } else if (from->segment >= g->arena.segments) {
-        memcpy(to, at, s->bytes);
+        if (copied(c, s))
+            memcpy(to, at, s->bytes);
         p->spill_lost |= !check_copy(s, to);
     } else {
         p->damaged |= !check_source(&g->arena, from, s);

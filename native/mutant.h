@@ -32,6 +32,7 @@ enum mutant {
     MUTANT_CONDENSE_KEEPS_OLDEST, /* of several epochs in a record the oldest version */
     MUTANT_CONDENSE_DROPS_PARTS,  /* in a record, a newer part of a block hides all of it */
     MUTANT_CONDENSE_WITHOUT_RANGES, /* a record without frames of zero ranges */
+    MUTANT_SPILL_UNCOPIED,        /* spilled segments of a record from the file's mapping */
     MUTANT_FORGET_SEQ,            /* number frames from 1 after a restart */
     MUTANT_COUNT
 };

@@ -37,7 +37,9 @@ struct group;
 struct epoch;
 
 #define SPILL_MOVES 8u          /* segments on their way at once */
+#ifndef SPILL_FREE_MIN          /* the simulator has fewer, see tests/sim */
 #define SPILL_FREE_MIN 8u       /* RAM segments that are kept free for the guest ... */
+#endif
 #define SPILL_FREE_SHARE 8u     /* ... or this part of all, if that is more */
 
 struct spill_move {

@@ -30,6 +30,8 @@ static void make_setup(struct setup *u, struct rng *r)
     u->dictionary = u->compress_level && r->state % 5 < 2; /* nothing drawn: the rest stays */
     if (rng_chance(r, 50))
         u->fault_percent = 3 + rng_below(r, 20);
+    u->spill_segments = r->state % 7 < 2 ? SIM_SPILL_SEGMENTS : 0; /* nothing drawn either */
+    u->ring_bytes += (uint64_t)u->spill_segments * SEGMENT_BYTES;
     u->no_fallocate = rng_chance(r, 20);
     u->apply_rate = rng_chance(r, 15) ? 1u << (10 + rng_below(r, 12)) : 0;
     u->journal_fua = rng_chance(r, 70);
@@ -249,10 +251,11 @@ void script_shrink(struct sim *s, struct script *p)
 
 void script_print(const struct script *p, FILE *out)
 {
-    fprintf(out, "    %u disks, %u reactors, ring of %llu pages, compression %d%s, %u %% faults%s%s, "
+    fprintf(out, "    %u disks, %u reactors, ring of %llu pages, compression %d%s%s, %u %% faults%s%s, "
                  "%llu bytes/s\n",
             p->setup.disks, p->setup.reactors, (unsigned long long)p->setup.ring_bytes / PAGE,
             p->setup.compress_level, p->setup.dictionary ? " with a dictionary" : "",
+            p->setup.spill_segments ? ", spill file" : "",
             p->setup.fault_percent,
             p->setup.no_fallocate ? ", no fallocate" : "",
             p->setup.journal_fua ? ", forced unit access" : "",

@@ -222,10 +222,17 @@ static void check_contract(struct sim_disk *d, const struct disk_op *op, uint64_
     }
 }
 
-static void gather(const struct disk_op *op, uint8_t *to)
+static bool in_mapping(const struct sim_disk *d, const uint8_t *at)
+{
+    return d->mapped && at >= d->mapped && at < d->mapped + d->mapped_bytes;
+}
+
+/* A page of the spill file was let go, and comes back changed. */
+static void gather(const struct sim_disk *d, const struct disk_op *op, uint8_t *to)
 {
     for (uint32_t i = 0; i < op->iov_count; i++) {
         memcpy(to, op->iov[i].iov_base, op->iov[i].iov_len);
+        to[op->iov[i].iov_len / 2] ^= in_mapping(d, op->iov[i].iov_base);
         to += op->iov[i].iov_len;
     }
 }
@@ -235,18 +242,20 @@ static void submit(struct disk *disk, struct disk_op *op)
     struct sim_disk *d = (struct sim_disk *)disk;
     struct sim_flying *f = &d->flying[d->flying_count];
     uint64_t at = transfers(op) ? sim_disk_place(d, op->file, op->offset) : 0;
+    bool spill = d->spill && op->file == DISK_SPILL;
 
     check(d->flying_count < SIM_FLYING_MAX);
     note(d, 's', op, 0);
-    check_contract(d, op, at);
+    if (!spill)
+        check_contract(d, op, at);
     *f = (struct sim_flying){.op = op, .submitted = ++d->moment};
-    if (changes(op) && !d->breach) {
+    if (!spill && changes(op) && !d->breach) {
         check(d->writes < SIM_WRITES_MAX);
         f->write = write_new(op->file, at, op->bytes);
         if (op->opcode == DISK_WRITE) {
             f->write->data = malloc(op->bytes);
             check(f->write->data);
-            gather(op, f->write->data);
+            gather(d, op, f->write->data);
         }
         d->write[d->writes++] = f->write;
     }
@@ -261,7 +270,8 @@ static void check_unchanged(struct sim_disk *d, const struct disk_op *op,
     const uint8_t *p = w->data;
 
     for (uint32_t i = 0; i < op->iov_count && op->opcode == DISK_WRITE; i++) {
-        if (memcmp(p, op->iov[i].iov_base, op->iov[i].iov_len) != 0)
+        if (!in_mapping(d, op->iov[i].iov_base) &&
+            memcmp(p, op->iov[i].iov_base, op->iov[i].iov_len) != 0)
             d->breach = "a write's buffer changed while it was in flight";
         p += op->iov[i].iov_len;
     }
@@ -378,6 +388,22 @@ static void do_read(struct sim_disk *d, const struct disk_op *op)
     }
 }
 
+/* A write that fails has done some of it. */
+static int64_t do_spill(struct sim_disk *d, const struct disk_op *op, bool fail)
+{
+    uint8_t *at = d->spill + op->offset;
+
+    if (op->iov_count != 1 || op->offset + op->bytes > d->spill_bytes) {
+        d->breach = "an operation outside of the spill file";
+        return -EIO;
+    }
+    if (op->opcode == DISK_READ)
+        memcpy(op->iov->iov_base, at, op->bytes);
+    else
+        memcpy(at, op->iov->iov_base, fail ? op->bytes / 2 : op->bytes);
+    return fail ? -EIO : (int64_t)op->bytes;
+}
+
 static void deliver(struct sim_disk *d, uint32_t index)
 {
     struct sim_flying f = d->flying[index];
@@ -387,6 +413,9 @@ static void deliver(struct sim_disk *d, uint32_t index)
     d->flying[index] = d->flying[--d->flying_count];
     if (d->breach) {
         result = -EIO;
+    } else if (f.op->file == DISK_SPILL) {
+        fail &= f.op->opcode == DISK_WRITE;
+        result = do_spill(d, f.op, fail);
     } else if (changes(f.op)) {
         result = do_write(d, &f, fail);
     } else if (f.op->opcode == DISK_SYNC) {
@@ -519,6 +548,8 @@ void sim_disk_fork(struct sim_disk *to, const struct sim_disk *from,
     to->no_fallocate = from->no_fallocate;
     to->sync_lies = from->sync_lies;
     to->logged = 0;
+    if (to->spill && !o->host)
+        memcpy(to->spill, from->spill, from->spill_bytes);
     to->rng.state = rng_mix(from->rng.state, o->torn_seed + o->whole);
     for (uint32_t i = 0; i < from->files; i++) {
         store_copy(&to->file[i].durable, &from->file[i].durable);

@@ -16,6 +16,10 @@
  * misalignment, no two writes in flight to the same place, no write's buffer changed while it
  * is in flight. A breach is a failure of the run (`breach`).
  *
+ * The spill file is a plain one, for it means nothing after a power cut. But what the core reads
+ * of its mapping may be something else the next time: a write to another file must not come from
+ * there.
+ *
  * The journal file is kept without the gap between superblocks and ring.
  */
 #ifndef SIM_DISK_H
@@ -84,6 +88,10 @@ struct sim_disk {
     uint32_t faults;             /* injected so far */
     bool no_fallocate;           /* ZERO and PUNCH: -EOPNOTSUPP */
     bool sync_lies;              /* mutation: SYNC does nothing */
+    uint8_t *spill;              /* the spill file: not ours, and never a matter of flushes */
+    uint64_t spill_bytes;
+    const uint8_t *mapped;       /* where the core has its segments mapped, NULL: nowhere */
+    uint64_t mapped_bytes;
     const char *breach;
     void (*point)(void *owner, const char *what);
     void *owner;

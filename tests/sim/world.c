@@ -89,6 +89,8 @@ static void on_point(void *owner, const char *what)
     world_point(owner);
 }
 
+#define SPILL_BYTES ((SIM_SPILL_SEGMENTS + 1) * SEGMENT_BYTES)
+
 static struct world *world_new(struct sim *s, uint32_t depth)
 {
     struct world *w = calloc(1, sizeof(*w));
@@ -96,13 +98,19 @@ static struct world *world_new(struct sim *s, uint32_t depth)
     check(w);
     w->sim = s;
     w->depth = depth;
-    w->arena_bytes = page_round_up(PAGE + SIM_SEGMENTS * sizeof(struct segment_desc)) +
+    w->arena_bytes = page_round_up(PAGE + (SIM_SEGMENTS + SIM_SPILL_SEGMENTS) *
+                                              sizeof(struct segment_desc)) +
                      SIM_SEGMENTS * SEGMENT_BYTES;
     w->arena_fd = memfd_create("arena", MFD_CLOEXEC);
     check(w->arena_fd >= 0 && ftruncate(w->arena_fd, (off_t)w->arena_bytes) == 0);
     w->arena = mmap(NULL, w->arena_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
                     w->arena_fd, 0);
     check(w->arena != MAP_FAILED);
+    w->spill_fd = memfd_create("spill", MFD_CLOEXEC);
+    check(w->spill_fd >= 0 && ftruncate(w->spill_fd, SPILL_BYTES) == 0);
+    w->spill = mmap(NULL, SPILL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
+                    w->spill_fd, 0);
+    check(w->spill != MAP_FAILED);
     return w;
 }
 
@@ -121,6 +129,8 @@ void sim_free(struct sim *s)
     for (uint32_t i = 0; i < SIM_DEPTH; i++) {
         munmap(s->world[i]->arena, s->world[i]->arena_bytes);
         close(s->world[i]->arena_fd);
+        munmap(s->world[i]->spill, SPILL_BYTES);
+        close(s->world[i]->spill_fd);
         free(s->world[i]);
     }
     free(s);
@@ -168,6 +178,8 @@ static void configure(struct world *w, const struct setup *setup)
     c->apply_rate = setup->apply_rate;
     c->arena_fd = w->arena_fd;
     c->arena_bytes = w->arena_bytes - (SIM_SEGMENTS - setup->segments) * SEGMENT_BYTES;
+    c->spill_fd = w->spill_fd;
+    c->spill_bytes = setup->spill_segments * SEGMENT_BYTES;
     c->compress_level = setup->compress_level;
     c->dictionaries = setup->dictionary;
     if (setup->dictionary)
@@ -186,6 +198,8 @@ static void configure(struct world *w, const struct setup *setup)
     w->disk.point = on_point;
     w->disk.owner = w;
     w->disk.no_fallocate = setup->no_fallocate;
+    w->disk.spill = setup->spill_segments ? w->spill : NULL;
+    w->disk.spill_bytes = SPILL_BYTES;
     w->disk.sync_lies = setup->sync_lies;
     w->waiting = w->flushes = 0;
     w->up = w->opening = w->retried = false;
@@ -392,6 +406,8 @@ bool world_open(struct world *w, enum crash_kind after)
     w->opening = true;
     error = group_open(g, &w->config, &w->disk.disk, w->text);
     w->opening = false;
+    w->disk.mapped = g->arena.spill.base;
+    w->disk.mapped_bytes = g->arena.spill.bytes;
     if (error) {
         sim_fail(w, "recovery refused (%d): %s", error, w->text);
         return false;
@@ -572,6 +588,8 @@ void world_close(struct world *w)
     if (w->up) {
         w->sim->clusters += w->group.stats.clusters;
         w->sim->with_dictionary += w->group.stats.dictionary_frames;
+        w->sim->spilled += w->group.stats.spill_bytes / PAGE;
+        w->disk.mapped = NULL;
         group_close(&w->group);
     }
     w->up = false;
@@ -585,7 +603,8 @@ static void arena_copy(struct world *to, const struct world *from)
     const struct segment_desc *desc = (const struct segment_desc *)(from->arena + PAGE);
     uint64_t data = h->data_offset;
 
-    memcpy(to->arena, from->arena, PAGE + SIM_SEGMENTS * sizeof(*desc));
+    memcpy(to->arena, from->arena,
+           PAGE + (SIM_SEGMENTS + SIM_SPILL_SEGMENTS) * sizeof(*desc));
     for (uint32_t i = 0; i < h->segments && data; i++)
         if (desc[i].state != SEGMENT_FREE && desc[i].tail <= SEGMENT_BYTES)
             memcpy(to->arena + data + (uint64_t)i * SEGMENT_BYTES,

@@ -16,6 +16,7 @@
 
 #define SIM_DEPTH 4u             /* crash, crash in recovery, ... */
 #define SIM_SEGMENTS 14u
+#define SIM_SPILL_SEGMENTS 8u
 
 enum crash_kind {
     CRASH_HOST,                  /* power cut: arena and caches are gone */
@@ -33,6 +34,7 @@ struct setup {
     uint32_t reactors;           /* parts of an epoch; all in one thread here */
     uint64_t ring_bytes;
     uint32_t segments;           /* of the arena */
+    uint32_t spill_segments;     /* 0: there is no spill file */
     int compress_level;
     bool dictionary;
     uint32_t fault_percent;
@@ -52,7 +54,7 @@ struct sim {
     uint32_t samples;
     uint64_t states, states_max; /* recovered and checked */
     uint64_t kinds[CRASH_KINDS];
-    uint64_t nested, points, faults, commits, clusters, with_dictionary;
+    uint64_t nested, points, faults, commits, clusters, spilled, with_dictionary;
     uint64_t deadline;           /* states at which this run's crashes stop being looked at */
     bool failed;
     uint32_t failed_depth;
@@ -64,7 +66,8 @@ struct world {
     bool up;
     core_config config;
     struct sim_disk disk;
-    int arena_fd;
+    int arena_fd, spill_fd;
+    uint8_t *spill;              /* our own mapping of that file */
     uint64_t arena_bytes;
     uint8_t *arena;              /* our own mapping of it */
     struct model model;
