@@ -31,7 +31,8 @@ struct group;
 #define JOURNAL_EPOCH_STEP 4096u /* ids reserved at once */
 #endif
 #define JOURNAL_WRITE_MAX (4u * SEGMENT_BYTES) /* neighbours written as one */
-#define JOURNAL_PIECES 16u       /* in flight, each with a buffer of that size */
+#define JOURNAL_PIECES 16u       /* in flight, each with a buffer of that size, which takes memory
+                                    once it is used */
 #ifndef JOURNAL_SMALL_BYTES      /* the simulator has smaller ones, see tests/sim */
 #define JOURNAL_SMALL_BYTES 131072u  /* a record up to this is copied together: one write */
 #endif
