@@ -18,6 +18,7 @@ class _FFI:
 
 class _Lib:
     CORE_DISKS_MAX: int
+    CORE_REACTORS_MAX: int
     CORE_QUEUES_MAX: int
     CORE_QUEUE_SIZE_MAX: int
     CORE_REGIONS_MAX: int

@@ -26,6 +26,7 @@ ON_FULL = ("hold", "spill")
 ARENA_AND_SPILL_BYTES_MAX = 128 << 30
 DEFAULT_COMPRESS_LEVEL = 1
 DEFAULT_SPIN_US = 100
+DEFAULT_REACTORS = 1
 COMPRESS_LEVEL_MAX = 19
 SPIN_US_MAX = 1_000_000
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -63,6 +64,7 @@ class Config:
     index_bytes: int | None
     journal_bytes: int | None
     compress_level: int
+    reactors: int
     spin_us: int
     apply_rate: int | None
     log_level: str
@@ -173,6 +175,7 @@ GROUP_KEYS: dict[str, Callable[[object], Any]] = {
     "index-size": _index_size,
     "journal-size": parse_size,
     "compress-level": _between(0, COMPRESS_LEVEL_MAX),
+    "reactors": _between(1, core.REACTORS_MAX),
     "spin-us": _between(0, SPIN_US_MAX),
     "apply-rate": parse_size,
 }
@@ -286,9 +289,9 @@ Sizes are bytes or a number with K, M, G or T (powers of 1024).
 
 The configuration file is TOML: the keys state-dir, control, arena-size, index-size,
 journal-size, on-full (hold or spill, default hold), spill-size, compress-level (0 to 19,
-default 1; 0: off), spin-us (default 100), apply-rate (bytes a second into the images, default:
-no limit) and name, and one [[disk]] table a disk with image, socket, name, read-only and
-serial. Flags win over the file; paths in the file are relative to its folder.
+default 1; 0: off), reactors (default 1), spin-us (default 100), apply-rate (bytes a second into
+the images, default: no limit) and name, and one [[disk]] table a disk with image, socket, name,
+read-only and serial. Flags win over the file; paths in the file are relative to its folder.
 
 Files: STATE-DIR/NAME.epochd-journal holds the group's identity and its committed epochs,
 /dev/shm/epochd-ID its uncommitted ones, and with --on-full spill STATE-DIR/NAME.epochd-spill
@@ -342,6 +345,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compress-level", metavar="N",
         type=_option_type(_between(0, COMPRESS_LEVEL_MAX)),
         help="zstd level of the arena, 0 to 19; 0: none (default: 1)")
+    add("--reactors", metavar="N", type=_option_type(_between(1, core.REACTORS_MAX)),
+        help=f"threads that serve the disks, 1 to {core.REACTORS_MAX}: disk d has number d %% N "
+        "(default: 1)")
     add("--log-level", choices=LOG_LEVELS, default="info", help="default: info")
     add("--print-capabilities", action="store_true",
         help="print what this vhost-user back end can do, as JSON, and exit")
@@ -383,6 +389,15 @@ def _spill_bytes(where: str, group: dict[str, Any], arena_bytes: int) -> int:
     return size
 
 
+def _check_index_size(where: str, group: dict[str, Any], disks: int) -> None:
+    """Each reactor has its share of the index memory."""
+    least = core.INDEX_BYTES_MIN * min(disks, group.get("reactors", DEFAULT_REACTORS))
+    if group.get("index-size", least) < least:
+        raise ConfigError(where, "index-size", f"{group['index-size']} bytes are too few for "
+                          f"{least // core.INDEX_BYTES_MIN} reactors: each needs "
+                          f"{core.INDEX_BYTES_MIN}")
+
+
 def _assemble(options: argparse.Namespace) -> Config:
     where = str(options.config) if options.config else COMMAND_LINE
     group, disks = _read_file(options.config) if options.config else ({}, ())
@@ -395,7 +410,7 @@ def _assemble(options: argparse.Namespace) -> Config:
     if len(disks) > core.DISKS_MAX:
         raise ConfigError(where, "disk", f"{len(disks)} disks; at most {core.DISKS_MAX}")
     for key in ("arena-size", "index-size", "on-full", "spill-size", "journal-size",
-                "compress-level"):
+                "compress-level", "reactors"):
         if (value := getattr(options, key.replace("-", "_"))) is not None:
             group[key] = value
     for key in ("state-dir", "control"):
@@ -404,6 +419,7 @@ def _assemble(options: argparse.Namespace) -> Config:
     name = group.get("name") or _default_name(disks[0].image)
     state_dir = group.get("state-dir") or _state_dir(where, disks)
     arena_bytes = group.get("arena-size", DEFAULT_ARENA_BYTES)
+    _check_index_size(where, group, len(disks))
     config = Config(
         name=name,
         disks=disks,
@@ -414,6 +430,7 @@ def _assemble(options: argparse.Namespace) -> Config:
         index_bytes=group.get("index-size"),
         journal_bytes=group.get("journal-size"),
         compress_level=group.get("compress-level", DEFAULT_COMPRESS_LEVEL),
+        reactors=group.get("reactors", DEFAULT_REACTORS),
         spin_us=group.get("spin-us", DEFAULT_SPIN_US),
         apply_rate=group.get("apply-rate"),
         log_level=options.log_level,

@@ -178,6 +178,7 @@ class Control:
             "name": self._config.name,
             "uuid": str(self._group.id),
             "disks": len(self._ports),
+            "reactors": status.reactors,
             "version": __version__,
             "uptime-seconds": int(time.monotonic() - self._started),
         }

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from ._core import ffi, lib
 
 DISKS_MAX: int = lib.CORE_DISKS_MAX
+REACTORS_MAX: int = lib.CORE_REACTORS_MAX
 QUEUES_MAX: int = lib.CORE_QUEUES_MAX
 QUEUE_SIZE_MAX: int = lib.CORE_QUEUE_SIZE_MAX
 REGIONS_MAX: int = lib.CORE_REGIONS_MAX
@@ -121,6 +122,7 @@ class Status:
     stored_bytes: int
     held_requests: int
     pressure: int
+    reactors: int
     direct_journal: int
     commits: int
     applies: int
@@ -245,6 +247,7 @@ class GroupSetup:
 
     disks: Sequence[DiskSetup]
     workers: int
+    reactors: int
     journal_fd: int
     journal_direct: bool
     journal_fua: bool
@@ -302,7 +305,7 @@ def _text_buffer() -> Any:
 def _c_config(setup: GroupSetup) -> Any:
     config = ffi.new("core_config *")
     config.disks = len(setup.disks)
-    for name in ("workers", "journal_fd", "arena_fd", "arena_bytes", "index_bytes",
+    for name in ("workers", "reactors", "journal_fd", "arena_fd", "arena_bytes", "index_bytes",
                  "compress_level", "spin_us", "apply_rate", "spill_fd", "spill_bytes",
                  "spill_closed"):
         setattr(config, name, getattr(setup, name))

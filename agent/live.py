@@ -165,7 +165,9 @@ class View:
             # One that was being replaced while it was copied has another number now.
             if any(data[at : at + 8]) and data[at : at + 8] == again[at : at + 8]:
                 found.append(Layout.parse_trace(data[at : at + size]))
-        found.sort(key=lambda trace: int(trace["number"]))
+        # Each reactor numbers its own.
+        found.sort(key=lambda trace: (trace["fetched_ns"] + trace["published_ns"],
+                                      int(trace["number"])))
         return found[-count:] if count else []
 
     def health(self, snapshot: Snapshot) -> tuple[str, str]:

@@ -508,6 +508,7 @@ def _setup(config: Config, images: list[Image], journal: Journal) -> core.GroupS
         arena_bytes=config.arena_bytes,
         index_bytes=config.index_bytes or 0,
         compress_level=config.compress_level,
+        reactors=config.reactors,
         spin_us=config.spin_us,
         apply_rate=config.apply_rate or 0,
         boot_id=uuid.UUID(BOOT_ID.read_text(encoding="ascii").strip()).bytes,

@@ -88,6 +88,7 @@ def report(view: View, before: Snapshot, now: Snapshot, traces: int = 0) -> Json
     stages = {name: now.stages[name] - before.stages[name] for name in now.stages}
     answered = sum(stages[name].count for name in ROUND_STAGES)
     batches = state["batches"] - before.state["batches"]
+    reactors = max(1, header["reactors"])
     result: Json = {
         "name": header["name"],
         "uuid": str(uuid.UUID(bytes=header["group"])),
@@ -100,8 +101,9 @@ def report(view: View, before: Snapshot, now: Snapshot, traces: int = 0) -> Json
         "age-seconds": (now.read_ns - now.as_of_ns) / 1e9,
         "interval-seconds": seconds,
         "reactor": {
-            "busy": (state["busy_ns"] - before.state["busy_ns"]) / 1e9 / seconds,
-            "asleep": _asleep(before, now) / seconds,
+            "count": header["reactors"],
+            "busy": (state["busy_ns"] - before.state["busy_ns"]) / 1e9 / seconds / reactors,
+            "asleep": _asleep(before, now) / seconds / reactors,
             "requests-a-batch": answered / batches if batches > 0 else 0.0,
         },
         "mode": core.MODE_NAMES.get(state["mode"], "unknown"),
@@ -130,11 +132,13 @@ def report(view: View, before: Snapshot, now: Snapshot, traces: int = 0) -> Json
 
 
 def _asleep(before: Snapshot, now: Snapshot) -> float:
-    """Seconds; a sleep is counted in the page when it ends, so the present one is added."""
+    """Seconds of all reactors; a sleep is counted in the page when it ends, so the present one
+    is added."""
     counted: int = now.state["asleep_ns"] - before.state["asleep_ns"]
     for snapshot, sign in ((before, -1), (now, 1)):
         if snapshot.header["sleeping"]:
-            counted += sign * (snapshot.read_ns - snapshot.state["updated_ns"])
+            each = snapshot.read_ns - snapshot.state["updated_ns"]
+            counted += sign * each * max(1, snapshot.header["reactors"])
     return max(0, counted) / 1e9
 
 
@@ -213,7 +217,8 @@ def _head(now: Json) -> Text:
                 f"{now['committed']} committed, {now['applied']} applied, {now['epochs']} alive\n")
     reactor = now["reactor"]
     polling = max(0.0, 1 - reactor["busy"] - reactor["asleep"])
-    text.append(f"reactor {reactor['busy']:.0%} working, {polling:.0%} polling, "
+    name = "reactor" if reactor["count"] == 1 else f"{reactor['count']} reactors"
+    text.append(f"{name} {reactor['busy']:.0%} working, {polling:.0%} polling, "
                 f"{min(1.0, reactor['asleep']):.0%} asleep; "
                 f"{reactor['requests-a-batch']:.1f} requests a batch; "
                 f"{_number(now['rates']['seals'])} seals, {_number(now['rates']['commits'])} "

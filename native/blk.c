@@ -41,8 +41,8 @@ static void finish(struct blk *b, struct ring *r, uint16_t head, const struct sp
 {
     const struct span *last = &in[in_count - 1];
 
-    if (unlikely(b->core->group.metrics.tracing))
-        metrics_trace_end(&b->core->group.metrics, status);
+    if (unlikely(b->reactor->metrics.tracing))
+        metrics_trace_end(&b->reactor->metrics, status);
     while (last->bytes == 0)
         last--;
     last->ptr[last->bytes - 1] = status;
@@ -66,9 +66,9 @@ static struct request *request_create(struct blk *b, struct ring *r, uint16_t he
         return NULL;
     *q = (struct request){.blk = b, .ring = r, .head = head, .status = VIRTIO_BLK_S_OK,
                           .parts = 1, .in_count = c->in_count, .next = b->requests,
-                          .link = &b->requests, .fetched_ns = b->core->group.now_ns,
+                          .link = &b->requests, .fetched_ns = b->reactor->now_ns,
                           .stage = METRICS_READ_MISS};
-    metrics_trace_wait(&b->core->group.metrics, &q->trace);
+    metrics_trace_wait(&b->reactor->metrics, &q->trace);
     memcpy(q->in, c->in, c->in_count * sizeof(struct span));
     if (b->requests)
         b->requests->link = &q->next;
@@ -88,10 +88,10 @@ static void request_free(struct request *q)
 
 static void request_finish(struct request *q)
 {
-    struct group *g = &q->blk->core->group;
+    struct reactor *r = q->blk->reactor;
 
-    metrics_late(&g->metrics, q->stage, q->fetched_ns, g->now_ns);
-    metrics_trace_late(&g->metrics, &q->trace, q->status);
+    metrics_late(&r->metrics, q->stage, q->fetched_ns, r->now_ns);
+    metrics_trace_late(&r->metrics, &q->trace, q->status);
     /* A front end that went away is not written to. */
     if (q->ring->used && !q->unreachable)
         finish(q->blk, q->ring, q->head, q->in, q->in_count,
@@ -108,10 +108,10 @@ static void part_done(struct disk_op *op, int64_t result)
     struct blk *b = q->blk;
 
     b->reads_busy--;
-    __atomic_sub_fetch(&b->core->group.reads_busy, 1, __ATOMIC_RELAXED);
+    __atomic_sub_fetch(&b->group->reads_busy, 1, __ATOMIC_RELAXED);
     if (result < 0) {
         q->status = VIRTIO_BLK_S_IOERR;
-        group_log(&b->core->group, LOG_ERROR, "disk \"%s\": reading %llu bytes at %llu failed: %s",
+        group_log(b->group, LOG_ERROR, "disk \"%s\": reading %llu bytes at %llu failed: %s",
                   b->config->name, (unsigned long long)op->bytes, (unsigned long long)op->offset,
                   strerror((int)-result));
     } else if (p->bounce) {
@@ -184,8 +184,8 @@ static bool read_run(struct request *q, uint64_t sector, uint64_t sectors, struc
     }
     q->parts++;
     b->reads_busy++;
-    __atomic_add_fetch(&b->core->group.reads_busy, 1, __ATOMIC_RELAXED);
-    disk_submit(b->core->group.disk, &p->op);
+    __atomic_add_fetch(&b->group->reads_busy, 1, __ATOMIC_RELAXED);
+    disk_submit(b->reactor->disk, &p->op);
     return true;
 }
 
@@ -225,15 +225,15 @@ static bool flush_run(struct reading *g)
 /* One block's wanted sectors, run by run: found ones are copied, others join the run. */
 static bool read_block(struct reading *g, uint64_t block, uint8_t want, struct span_cursor *to)
 {
-    struct group *group = &g->b->core->group;
-    const uint8_t *direct, *from = g->b->core->block;
-    int found = epoch_read(group, g->b->disk, block, want, g->b->core->block, &direct);
+    struct group *group = g->b->group;
+    const uint8_t *direct, *from = g->b->reactor->block;
+    int found = epoch_read(group, g->b->disk, block, want, g->b->reactor->block, &direct);
 
     if (found < 0)
         return false;
     if (found == want) {
         uint32_t first = (uint32_t)__builtin_ctz(want);
-        const uint8_t *at, *ahead = g->b->core->ahead;
+        const uint8_t *at, *ahead = g->b->reactor->ahead;
         uint64_t got;
 
         if (direct && want == MASK_FULL && span_left(to, &at) >= BLOCK_BYTES)
@@ -270,8 +270,8 @@ static uint8_t do_read(struct blk *b, struct ring *r, uint16_t head, const struc
 
     b->stats.reads++;
     b->stats.read_bytes += bytes;
-    if (unlikely(arena_spill_used(&b->core->group.arena) > 0) && bytes > BLOCK_BYTES)
-        spill_prefetch(&b->core->group, b->disk, sector / BLOCK_SECTORS, (end - 1) / BLOCK_SECTORS);
+    if (unlikely(arena_spill_used(&b->group->arena) > 0) && bytes > BLOCK_BYTES)
+        spill_prefetch(b->group, b->disk, sector / BLOCK_SECTORS, (end - 1) / BLOCK_SECTORS);
     for (uint64_t at = sector; at < end && good;) {
         uint64_t block = at / BLOCK_SECTORS, next = (block + 1) * BLOCK_SECTORS;
         uint32_t first = (uint32_t)(at % BLOCK_SECTORS);
@@ -282,7 +282,7 @@ static uint8_t do_read(struct blk *b, struct ring *r, uint16_t head, const struc
     }
     good = good && flush_run(&g);
     if (!g.q) {
-        metrics_answered(&b->core->group.metrics, METRICS_READ_HIT);
+        metrics_answered(&b->reactor->metrics, METRICS_READ_HIT);
         return good ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
     }
     g.q->in_bytes = bytes;
@@ -300,6 +300,9 @@ static void flushed(struct flush_waiter *w)
     struct request *q = (struct request *)((uint8_t *)w - offsetof(struct request, waiter));
 
     q->waits_flush = false;
+    /* Called from group_step(), which the leader may do for us. */
+    if (q->blk->group->now_ns > q->blk->reactor->now_ns)
+        q->blk->reactor->now_ns = q->blk->group->now_ns;
     request_finish(q);
 }
 
@@ -312,7 +315,7 @@ uint32_t blk_fail_flushes(struct ring *r)
         next = q->next;
         if (q->ring != r || !q->waits_flush)
             continue;
-        checkpoint_unflush(&r->blk->core->group, &q->waiter);
+        checkpoint_unflush(r->blk->group, &q->waiter);
         q->waits_flush = false;
         q->status = VIRTIO_BLK_S_IOERR;
         request_finish(q);
@@ -327,18 +330,20 @@ static uint8_t answer_when_durable(struct blk *b, struct ring *r, uint16_t head,
 {
     struct request *q;
 
-    if (b->core->group.mode != CORE_ACTIVE)
+    if (b->group->mode != CORE_ACTIVE)
         return VIRTIO_BLK_S_OK;
     q = request_create(b, r, head, c);
     if (!q)
         return VIRTIO_BLK_S_IOERR;
     q->waiter.done = flushed;
     q->stage = METRICS_FLUSH;
-    if (checkpoint_flush(&b->core->group, &q->waiter)) {
+    if (checkpoint_flush(b->group, &q->waiter)) {
         request_free(q);
         return VIRTIO_BLK_S_OK;
     }
     q->waits_flush = true;
+    if (b->writer->shared)
+        writer_ask(b->writer);
     return STATUS_PENDING;
 }
 
@@ -357,7 +362,7 @@ static bool room(struct blk *b, struct ring *r, uint64_t blocks)
 {
     if (likely(epoch_room(b->writer, blocks)))
         return true;
-    b->core->group.metrics.tracing = false; /* it is not taken */
+    b->reactor->metrics.tracing = false; /* it is not taken */
     r->held = true;
     r->held_told = false;
     r->held_blocks = blocks;
@@ -396,16 +401,16 @@ static uint8_t do_write(struct blk *b, struct ring *r, uint16_t head, const stru
         return no_room(r);
     skip(&from, header_bytes);
     b->stats.writes++;
-    metrics_answered(&b->core->group.metrics, METRICS_WRITE);
+    metrics_answered(&b->reactor->metrics, METRICS_WRITE);
     b->stats.write_bytes += bytes;
-    error = epoch_write(&b->core->group, b->disk, sector, &from, bytes);
+    error = epoch_write(b->group, b->disk, sector, &from, bytes);
     return written(b, r, head, c, error);
 }
 
 /* A write that can never fit is an error, not a wait. */
 static bool too_large(const struct blk *b, uint64_t bytes)
 {
-    const struct arena *a = &b->core->group.arena;
+    const struct arena *a = &b->group->arena;
 
     return bytes > (uint64_t)(a->segments - GROUP_RESERVED_SEGMENTS) / 2 * SEGMENT_FRAMES_MIN *
                        BLOCK_BYTES;
@@ -469,8 +474,8 @@ static uint8_t do_zero(struct blk *b, struct ring *r, uint16_t head, const struc
         if (seg.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
             flags = FRAME_UNMAP;
     }
-    metrics_answered(&b->core->group.metrics, METRICS_ZERO);
-    error = epoch_zero(&b->core->group, b->disk, seg.sector, seg.num_sectors, flags);
+    metrics_answered(&b->reactor->metrics, METRICS_ZERO);
+    error = epoch_zero(b->group, b->disk, seg.sector, seg.num_sectors, flags);
     return written(b, r, head, c, error);
 }
 
@@ -559,19 +564,19 @@ void blk_expect(struct blk *b, struct chain *c)
 
 __attribute__((noinline)) static void trace_begin(struct ring *r, const struct chain *c)
 {
-    struct group *g = &r->blk->core->group;
+    struct reactor *reactor = r->blk->reactor;
     struct metrics_trace about = {.sector = c->header.sector, .type = (uint8_t)c->header.type,
                                   .bytes = (uint32_t)(c->in_bytes + c->out_bytes),
                                   .disk = (uint8_t)r->blk->disk, .queue = (uint8_t)r->index};
 
-    metrics_trace_begin(&g->metrics, g->now_ns, &about);
+    metrics_trace_begin(&reactor->metrics, reactor->now_ns, &about);
 }
 
 void blk_look_ahead(struct blk *b, const struct chain *c)
 {
-    b->core->ahead = NULL;
+    b->reactor->ahead = NULL;
     if (c->header.type == VIRTIO_BLK_T_IN && c->out_bytes >= sizeof(c->header))
-        b->core->ahead = epoch_frame(b->writer, b->disk, c->header.sector / BLOCK_SECTORS);
+        b->reactor->ahead = epoch_frame(b->writer, b->disk, c->header.sector / BLOCK_SECTORS);
 }
 
 bool blk_execute(struct ring *r, const struct chain *c)
@@ -579,7 +584,7 @@ bool blk_execute(struct ring *r, const struct chain *c)
     uint64_t data_bytes = 0;
     uint8_t status;
 
-    if (unlikely(metrics_trace_due(&r->blk->core->group.metrics)))
+    if (unlikely(metrics_trace_due(&r->blk->reactor->metrics)))
         trace_begin(r, c);
     status = dispatch(r->blk, r, c, &data_bytes);
     if (status == STATUS_HELD)

@@ -4,7 +4,7 @@
  * hold and fetches the rest from the image straight into guest memory. A write that does
  * not fit the arena is not taken from the ring: the ring is held until there is room.
  *
- * Owner: the reactor thread. Virtio 1.2 section 5.2; where it leaves a choice, the status
+ * Owner: the disk's reactor. Virtio 1.2 section 5.2; where it leaves a choice, the status
  * values are those of QEMU's own server.
  */
 #ifndef EPOCHD_BLK_H
@@ -52,7 +52,8 @@ struct blk_stats {
 };
 
 struct blk {
-    struct reactor *core;
+    struct reactor *reactor;
+    struct group *group;
     struct writer *writer;
     uint32_t disk;
     const core_disk_config *config;
@@ -76,7 +77,8 @@ struct blk {
     struct blk_stats stats;
 };
 
-void blk_init(struct blk *b, struct reactor *core, uint32_t disk);
+/* Of the reactor that serves the disk. */
+void blk_init(struct blk *b, struct reactor *r, uint32_t disk);
 void blk_free(struct blk *b);
 
 /* Copies the request's header out of the chain, and gets the index bucket under way. */

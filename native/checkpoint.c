@@ -442,6 +442,16 @@ static bool promote_verb(struct group *g)
 
 /* ---- Active mode ----------------------------------------------------------------------- */
 
+static void lock_waiters(struct group *g, bool lock)
+{
+    if (g->writers == 1)
+        return;
+    if (lock)
+        pthread_mutex_lock(&g->waiter_lock);
+    else
+        pthread_mutex_unlock(&g->waiter_lock);
+}
+
 bool checkpoint_flush(struct group *g, struct flush_waiter *waiter)
 {
     const struct epoch *open = epoch_open(g), *sealed = newest_sealed(g);
@@ -454,8 +464,10 @@ bool checkpoint_flush(struct group *g, struct flush_waiter *waiter)
         waiter->epoch = sealed->id;
     else
         return true;
+    lock_waiters(g, true);
     waiter->next = g->checkpoint.waiters;
     g->checkpoint.waiters = waiter;
+    lock_waiters(g, false);
     return false;
 }
 
@@ -463,10 +475,12 @@ void checkpoint_unflush(struct group *g, struct flush_waiter *waiter)
 {
     struct flush_waiter **at = &g->checkpoint.waiters;
 
+    lock_waiters(g, true);
     while (*at && *at != waiter)
         at = &(*at)->next;
     if (*at)
         *at = waiter->next;
+    lock_waiters(g, false);
 }
 
 /* Seals and commits what there is, for waiting flushes, for room, or before the end. */

@@ -60,9 +60,10 @@ bool checkpoint_stopping(const struct group *g);
 void checkpoint_free(struct group *g);
 
 /* True when all that the guest has been told is written is durable already; else the
- * waiter is called back once it is. Standby mode: always true. */
+ * waiter is called back once it is, from checkpoint_step(). Standby mode: always true. These two
+ * any writer may call within its round. */
 bool checkpoint_flush(struct group *g, struct flush_waiter *waiter);
-/* Forgets a waiter. */
+/* ... and forgets a waiter. */
 void checkpoint_unflush(struct group *g, struct flush_waiter *waiter);
 
 #endif

@@ -195,6 +195,58 @@ static void emit(void *owner, const core_event *event)
     reactor_emit(owner, event);
 }
 
+struct core *core_alloc(uint32_t reactors)
+{
+    size_t bytes = sizeof(struct core) + reactors * sizeof(struct reactor);
+    core *c = aligned_alloc(_Alignof(core), bytes); /* calloc() aligns to 16 only */
+
+    if (!c)
+        return NULL;
+    memset(c, 0, bytes);
+    c->reactors = reactors;
+    c->gate.places = reactors - 1;
+    c->event_fd = -1;
+    c->group.event = emit;
+    c->group.event_owner = c;
+    c->group.worker.wake_fd = c->group.packer.wake_fd = -1;
+    pthread_mutex_init(&c->event_lock, NULL);
+    pthread_mutex_init(&c->query_lock, NULL);
+    pthread_cond_init(&c->query_done, NULL);
+    for (uint32_t i = 0; i < reactors; i++) {
+        struct reactor *r = &c->reactor[i];
+
+        r->core = c;
+        r->group = &c->group;
+        r->writer = &c->group.writer[i];
+        r->number = i;
+        r->follows = i > 0;
+        r->leads = i == 0 && reactors > 1;
+        r->wake_fd = -1;
+        pthread_mutex_init(&r->command_lock, NULL);
+        r->block = aligned_alloc(PAGE, BLOCK_BYTES);
+        if (!r->block) {
+            core_free(c);
+            return NULL;
+        }
+    }
+    return c;
+}
+
+void core_free(struct core *c)
+{
+    for (uint32_t i = 0; i < c->reactors; i++)
+        free(c->reactor[i].block);
+    free(c);
+}
+
+/* One without a disk would have nothing to do. */
+static uint32_t core_reactors(const core_config *config)
+{
+    uint32_t reactors = config->reactors ? config->reactors : 1;
+
+    return reactors < config->disks ? reactors : config->disks;
+}
+
 static int check_config(const core_config *config, char *text)
 {
     const char *wrong = NULL;
@@ -205,10 +257,13 @@ static int check_config(const core_config *config, char *text)
         wrong = "the arena has 8 MiB to 128 GiB";
     else if (config->spill_bytes > (128ull << 30) - config->arena_bytes)
         wrong = "arena and spill file have at most 128 GiB together";
-    else if (config->index_bytes > 0 && config->index_bytes < CORE_INDEX_BYTES_MIN)
-        wrong = "the index has 2 MiB at least";
     else if (config->dictionaries > CORE_DICTIONARIES_MAX)
         wrong = "a group has 16 dictionaries at most";
+    else if (config->reactors > CORE_REACTORS_MAX)
+        wrong = "a group has 1 to 8 reactors";
+    else if (config->index_bytes > 0 &&
+             config->index_bytes / core_reactors(config) < CORE_INDEX_BYTES_MIN)
+        wrong = "the index has 2 MiB at least for each reactor";
     for (uint32_t i = 0; i < config->disks && !wrong; i++) {
         const core_disk_config *d = &config->disk[i];
 
@@ -230,7 +285,8 @@ static int check_config(const core_config *config, char *text)
 static int open_uring(struct reactor *r, const core_config *config, char *text)
 {
     int files[DISK_SPILL + 1], error;
-    const struct arena *a = &r->group.arena;
+    const struct arena *a = &r->group->arena;
+    bool arena = a->header && !r->follows; /* what it holds is the group's to write */
     uint32_t count = config->disks + 1;
     bool registered = false;
 
@@ -244,9 +300,9 @@ static int open_uring(struct reactor *r, const core_config *config, char *text)
     }
     /* RAM only: the kernel does not pin a file's pages for good. What is behind RAM's last
      * segment must not be in it, the spill file's mapping begins there. */
-    error = disk_uring_open(&r->uring, files, count, a->header,
-                            a->header ? a->header->data_offset +
-                                            (uint64_t)a->segments * SEGMENT_BYTES : 0,
+    error = disk_uring_open(&r->uring, files, count, arena ? a->header : NULL,
+                            arena ? a->header->data_offset +
+                                        (uint64_t)a->segments * SEGMENT_BYTES : 0,
                             &registered);
     if (error) {
         snprintf(text, CORE_TEXT_MAX, "io_uring: %s%s", strerror(-error),
@@ -254,73 +310,80 @@ static int open_uring(struct reactor *r, const core_config *config, char *text)
                  error == -EPERM ? "; see /proc/sys/kernel/io_uring_disabled" : "");
         return error;
     }
-    if (r->group.arena.header && !registered)
-        group_log(&r->group, LOG_WARNING, "the arena could not be registered with io_uring: "
+    if (arena && !registered)
+        group_log(r->group, LOG_WARNING, "the arena could not be registered with io_uring: "
                   "commits cost more; raise the limit of locked memory (ulimit -l) above the "
                   "arena's size");
-    r->group.disk = disk_uring_disk(r->uring);
+    r->disk = disk_uring_disk(r->uring);
+    if (!r->follows) /* what completes for the group, others must not see happen */
+        r->group->disk = r->leads ? disk_uring_later(r->uring) : r->disk;
     return 0;
 }
 
-static int init_threads(struct reactor *r, char *text)
+static int open_descriptors(core *c, char *text)
 {
-    pthread_mutex_init(&r->command_lock, NULL);
-    pthread_mutex_init(&r->event_lock, NULL);
-    pthread_mutex_init(&r->query_lock, NULL);
-    pthread_cond_init(&r->query_done, NULL);
-    r->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    r->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    r->block = aligned_alloc(PAGE, BLOCK_BYTES);
-    if (r->wake_fd >= 0 && r->event_fd >= 0 && r->block)
+    bool good;
+
+    c->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    good = c->event_fd >= 0;
+    for (uint32_t i = 0; i < c->reactors && good; i++) {
+        c->reactor[i].wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        good = c->reactor[i].wake_fd >= 0;
+    }
+    if (good)
         return 0;
     snprintf(text, CORE_TEXT_MAX, "cannot create eventfds: %s", strerror(errno));
     return -errno;
 }
 
+/* Recovery is this thread's, with a ring of its own; the reactors open theirs. */
+static int recover(core *c, const core_config *config, char *text)
+{
+    struct reactor *r = &c->reactor[0];
+    int error = open_uring(r, config, text);
+
+    if (error)
+        return error;
+    error = group_open(&c->group, config, r->disk, text);
+    disk_uring_release(r->uring);
+    disk_uring_close(r->uring);
+    r->uring = NULL;
+    return error;
+}
+
 int core_open(const core_config *config, core **out, char *text)
 {
-    core *c = aligned_alloc(_Alignof(core), sizeof(*c)); /* calloc() aligns to 16 only */
-    struct reactor *r;
-    int error;
+    int error = check_config(config, text);
+    core *c;
 
+    if (error)
+        return error;
+    c = core_alloc(core_reactors(config));
     if (!c) {
         snprintf(text, CORE_TEXT_MAX, "no memory to start");
         return -ENOMEM;
     }
-    memset(c, 0, sizeof(*c));
-    r = &c->reactor;
-    r->group.event = emit;
-    r->group.event_owner = r;
-    r->group.worker.wake_fd = r->group.packer.wake_fd = -1;
-    r->wake_fd = r->event_fd = -1;
-    error = check_config(config, text);
-    if (!error)
-        error = init_threads(r, text);
-    if (!error)
-        error = open_uring(r, config, text);
-    if (!error) {
-        struct disk_uring *recovery = r->uring; /* of this thread; the reactor opens its own */
-
-        error = group_open(&r->group, config, r->group.disk, text);
-        disk_uring_release(recovery);
-        disk_uring_close(recovery);
-        r->uring = NULL;
+    if (c->reactors > 1) {
+        c->group.call = reactor_called;
+        c->group.wake = reactor_wake;
     }
+    error = open_descriptors(c, text);
     if (!error)
-        for (uint32_t i = 0; i < config->disks; i++)
-            blk_init(&r->blk[i], r, i);
+        error = recover(c, config, text);
     if (error) {
-        r->group.config.disks = 0;
+        c->group.config.disks = 0;
         core_close(c);
         return error;
     }
+    for (uint32_t i = 0; i < config->disks; i++)
+        blk_init(&c->blk[i], &c->reactor[i % c->reactors], i);
     *out = c;
     return 0;
 }
 
 uint32_t core_dictionaries_named(core *c)
 {
-    const struct dictionaries *d = &c->reactor.group.dictionaries;
+    const struct dictionaries *d = &c->group.dictionaries;
     uint32_t bits = 0;
 
     for (uint32_t i = 0; i < CORE_DICTIONARIES_MAX; i++)
@@ -330,7 +393,7 @@ uint32_t core_dictionaries_named(core *c)
 
 int core_dictionary_add(core *c, const core_dictionary *dictionary, char *text)
 {
-    return dictionaries_add(&c->reactor.group.dictionaries, dictionary, text);
+    return dictionaries_add(&c->group.dictionaries, dictionary, text);
 }
 
 uint64_t core_metrics_bytes(void)
@@ -345,12 +408,14 @@ uint64_t core_metrics_bucket_low(uint32_t bucket)
 
 int core_metrics(core *c, int fd, const char *name, const char *control, char *text)
 {
-    struct group *g = &c->reactor.group;
+    struct group *g = &c->group;
     int error = metrics_open(&g->metrics, fd, g->journal.group, name, control);
 
     if (error)
         snprintf(text, CORE_TEXT_MAX, "live view: cannot map its shared memory: %s",
                  strerror(-error));
+    for (uint32_t i = 0; i < c->reactors && !error; i++)
+        metrics_share(&c->reactor[i].metrics, &g->metrics, i, c->reactors);
     return error;
 }
 
@@ -368,7 +433,7 @@ static void *start_reactor(void *arg)
 {
     struct start *s = arg;
     struct reactor *r = s->reactor;
-    int error = open_uring(r, &r->group.config, s->text);
+    int error = open_uring(r, &r->group->config, s->text);
 
     pthread_mutex_lock(&s->lock);
     s->error = error;
@@ -390,58 +455,59 @@ static void block_signals(sigset_t *before)
     pthread_sigmask(SIG_SETMASK, &all, before);
 }
 
-static int start_threads(struct reactor *r, struct start *s)
+static int start_thread(struct reactor *r, char *text)
 {
+    struct start s = {.reactor = r, .text = text};
     int error;
 
-    error = memory_handle_sigbus();
-    if (!error)
-        error = group_start(&r->group, r->wake_fd, false);
+    pthread_mutex_init(&s.lock, NULL);
+    pthread_cond_init(&s.ready, NULL);
+    error = -pthread_create(&r->thread, NULL, start_reactor, &s);
     if (error) {
-        snprintf(s->text, CORE_TEXT_MAX, "cannot start the helper thread: %s", strerror(-error));
+        snprintf(text, CORE_TEXT_MAX, "cannot start a reactor thread: %s", strerror(-error));
         return error;
     }
-    pthread_mutex_init(&s->lock, NULL);
-    pthread_cond_init(&s->ready, NULL);
-    error = -pthread_create(&r->thread, NULL, start_reactor, s);
-    if (error) {
-        snprintf(s->text, CORE_TEXT_MAX, "cannot start the reactor thread: %s", strerror(-error));
-        return error;
-    }
-    pthread_mutex_lock(&s->lock);
-    while (!s->done)
-        pthread_cond_wait(&s->ready, &s->lock);
-    pthread_mutex_unlock(&s->lock);
-    if (s->error) {
+    pthread_mutex_lock(&s.lock);
+    while (!s.done)
+        pthread_cond_wait(&s.ready, &s.lock);
+    pthread_mutex_unlock(&s.lock);
+    if (s.error) {
         pthread_join(r->thread, NULL);
-        return s->error;
+        return s.error;
     }
     r->started = true;
     return 0;
 }
 
+/* Those that run already when one cannot be started end with core_close(). */
+static int start_threads(core *c, char *text)
+{
+    int error = memory_handle_sigbus();
+
+    if (!error)
+        error = group_start(&c->group, c->reactor[0].wake_fd, false);
+    if (error) {
+        snprintf(text, CORE_TEXT_MAX, "cannot start the helper thread: %s", strerror(-error));
+        return error;
+    }
+    for (uint32_t i = 0; i < c->reactors && !error; i++)
+        error = start_thread(&c->reactor[i], text);
+    return error;
+}
+
 int core_start(core *c, char *text)
 {
-    struct start s = {.reactor = &c->reactor, .text = text};
     sigset_t before;
     int error;
 
     block_signals(&before);
-    error = start_threads(&c->reactor, &s);
+    error = start_threads(c, text);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return error;
 }
 
-int core_arena_idle(core *c)
+static void submit_to(struct reactor *r, struct command *command)
 {
-    const struct group *g = &c->reactor.group;
-
-    return g->checkpoint.stopped && g->epochs == 1 && epoch_empty(epoch_open(g));
-}
-
-static void submit(core *c, struct command *command)
-{
-    struct reactor *r = &c->reactor;
     uint64_t one = 1;
 
     pthread_mutex_lock(&r->command_lock);
@@ -455,6 +521,14 @@ static void submit(core *c, struct command *command)
     if (write(r->wake_fd, &one, sizeof(one)) < 0) {
         /* EAGAIN: it is readable already */
     }
+}
+
+/* What is a disk's goes to its reactor, all else to the first. */
+static void submit(core *c, struct command *command)
+{
+    bool of_group = command->kind <= COMMAND_QUERY_IDLE;
+
+    submit_to(&c->reactor[of_group ? 0 : command->disk % c->reactors], command);
 }
 
 static struct command *command_new(enum command_kind kind, uint64_t token, uint32_t disk,
@@ -472,26 +546,16 @@ static struct command *command_new(enum command_kind kind, uint64_t token, uint3
     return command;
 }
 
-void core_close(core *c)
+static void stop_thread(struct reactor *r)
 {
-    struct reactor *r = &c->reactor;
+    if (!r->started)
+        return;
+    submit_to(r, command_new(COMMAND_EXIT, 0, 0, 0));
+    pthread_join(r->thread, NULL);
+}
 
-    if (r->started) {
-        submit(c, command_new(COMMAND_EXIT, 0, 0, 0));
-        pthread_join(r->thread, NULL);
-    }
-    if (r->unsettled)
-        return; /* the kernel may still write to our buffers */
-    disk_uring_close(r->uring);
-    for (uint32_t i = 0; i < r->group.config.disks; i++)
-        blk_free(&r->blk[i]);
-    group_close(&r->group);
-    while (r->event_first) {
-        struct event_node *n = r->event_first;
-
-        r->event_first = n->next;
-        free(n);
-    }
+static void free_reactor(struct reactor *r)
+{
     while (r->command_first) {
         struct command *command = r->command_first;
 
@@ -500,34 +564,57 @@ void core_close(core *c)
     }
     if (r->wake_fd >= 0)
         close(r->wake_fd);
-    if (r->event_fd >= 0)
-        close(r->event_fd);
-    metrics_close(&r->group.metrics);
-    free(r->block);
-    free(c);
+}
+
+void core_close(core *c)
+{
+    bool unsettled = false;
+
+    for (uint32_t i = c->reactors; i-- > 0;) { /* the leader last: others may wait for it */
+        stop_thread(&c->reactor[i]);
+        unsettled |= c->reactor[i].unsettled;
+    }
+    if (unsettled)
+        return; /* the kernel may still write to our buffers */
+    for (uint32_t i = 0; i < c->reactors; i++)
+        disk_uring_close(c->reactor[i].uring);
+    for (uint32_t i = 0; i < c->group.config.disks; i++)
+        blk_free(&c->blk[i]);
+    group_close(&c->group); /* the helpers end, who write to the leader's wake_fd */
+    for (uint32_t i = 0; i < c->reactors; i++)
+        free_reactor(&c->reactor[i]);
+    while (c->event_first) {
+        struct event_node *n = c->event_first;
+
+        c->event_first = n->next;
+        free(n);
+    }
+    if (c->event_fd >= 0)
+        close(c->event_fd);
+    metrics_close(&c->group.metrics);
+    core_free(c);
 }
 
 /* ---- Events ----------------------------------------------------------------------------------- */
 
 int core_event_fd(core *c)
 {
-    return c->reactor.event_fd;
+    return c->event_fd;
 }
 
 int core_next_event(core *c, core_event *out)
 {
-    struct reactor *r = &c->reactor;
     struct event_node *n;
 
-    pthread_mutex_lock(&r->event_lock);
-    n = r->event_first;
+    pthread_mutex_lock(&c->event_lock);
+    n = c->event_first;
     if (n) {
-        r->event_first = n->next;
-        if (!r->event_first)
-            r->event_last = NULL;
-        __atomic_sub_fetch(&r->events, 1, __ATOMIC_RELAXED);
+        c->event_first = n->next;
+        if (!c->event_first)
+            c->event_last = NULL;
+        __atomic_sub_fetch(&c->events, 1, __ATOMIC_RELAXED);
     }
-    pthread_mutex_unlock(&r->event_lock);
+    pthread_mutex_unlock(&c->event_lock);
     if (!n)
         return 0;
     *out = n->event;
@@ -578,17 +665,16 @@ void core_stop(core *c, uint64_t token)
 
 static int64_t query(core *c, enum command_kind kind, uint32_t disk, void *out, uint32_t max)
 {
-    struct reactor *r = &c->reactor;
     struct command *command = command_new(kind, 0, disk, 0);
     int64_t result;
 
     command->out = out;
     command->max = max;
     submit(c, command);
-    pthread_mutex_lock(&r->query_lock);
+    pthread_mutex_lock(&c->query_lock);
     while (!command->answered)
-        pthread_cond_wait(&r->query_done, &r->query_lock);
-    pthread_mutex_unlock(&r->query_lock);
+        pthread_cond_wait(&c->query_done, &c->query_lock);
+    pthread_mutex_unlock(&c->query_lock);
     result = command->result;
     free(command);
     return result;
@@ -602,6 +688,11 @@ int core_query_status(core *c, core_status *out)
 int core_query_epochs(core *c, core_epoch_info *out, uint32_t max)
 {
     return (int)query(c, COMMAND_QUERY_EPOCHS, 0, out, max);
+}
+
+int core_arena_idle(core *c)
+{
+    return c->reactor[0].started ? (int)query(c, COMMAND_QUERY_IDLE, 0, NULL, 0) : 0;
 }
 
 int core_query_disk(core *c, uint32_t disk, core_disk_info *out)

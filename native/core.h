@@ -127,6 +127,7 @@ typedef struct {
     uint64_t stored_bytes;        /* bytes of frames in the arena */
     uint64_t held_requests;       /* writes waiting for room in arena or index */
     uint32_t pressure;            /* arena use in percent */
+    uint32_t reactors;            /* threads that serve the disks */
     uint32_t direct_journal;      /* 1: O_DIRECT */
     uint64_t commits, applies, discards, seals;        /* since start */
     uint64_t compressed_frames, incompressible_frames, zero_frames, dropped_frames;

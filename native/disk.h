@@ -39,8 +39,10 @@ struct disk_op {
     bool durable;                  /* WRITE: its completion means that it is on stable storage */
     void (*done)(struct disk_op *op, int64_t result);
     void *owner;                   /* for done() */
-    struct disk_op *next;          /* the disk layer's */
-    uint64_t moved;                /* the disk layer's: bytes done so far */
+    struct disk_op *next;          /* the disk layer's, and so is the rest */
+    uint64_t moved;                /* bytes done so far */
+    bool later;                    /* of the second seam, see disk_uring.h */
+    int64_t result;
 };
 
 struct disk {

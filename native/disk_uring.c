@@ -6,6 +6,7 @@
 #include <liburing.h>
 #include <linux/falloc.h>
 #include <poll.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -18,7 +19,8 @@
 #define BUFFER_PIECE (1ull << 30) /* the kernel's limit for one registered buffer */
 
 struct disk_uring {
-    struct disk disk;
+    struct disk disk, later;
+    struct disk_op *done, *done_last; /* of the second seam: completed, not delivered */
     struct io_uring ring;
     uint32_t in_flight;          /* given to the kernel */
     struct disk_op *head, *tail; /* not yet given: DEPTH was reached */
@@ -109,10 +111,8 @@ static void give(struct disk_uring *u, struct disk_op *op)
     u->in_flight++;
 }
 
-static void submit(struct disk *d, struct disk_op *op)
+static void submit_to(struct disk_uring *u, struct disk_op *op)
 {
-    struct disk_uring *u = (struct disk_uring *)d;
-
     op->next = NULL;
     op->moved = 0;
     if (u->in_flight < DEPTH && !u->head) {
@@ -124,6 +124,23 @@ static void submit(struct disk *d, struct disk_op *op)
     else
         u->head = op;
     u->tail = op;
+}
+
+static void submit(struct disk *d, struct disk_op *op)
+{
+    op->later = false;
+    submit_to((struct disk_uring *)d, op);
+}
+
+static struct disk_uring *uring_of_later(struct disk *d)
+{
+    return (struct disk_uring *)((uint8_t *)d - offsetof(struct disk_uring, later));
+}
+
+static void submit_later(struct disk *d, struct disk_op *op)
+{
+    op->later = true;
+    submit_to(uring_of_later(d), op);
 }
 
 /* A short transfer is continued: the kernel then says why it was short. */
@@ -162,7 +179,17 @@ static void complete(struct disk_uring *u, struct disk_op *op, int result)
         if (result >= 0)
             total = op->moved == op->bytes ? (int64_t)op->bytes : -EIO;
     }
-    op->done(op, total);
+    if (likely(!op->later)) {
+        op->done(op, total);
+        return;
+    }
+    op->result = total;
+    op->next = NULL;
+    if (u->done_last)
+        u->done_last->next = op;
+    else
+        u->done = op;
+    u->done_last = op;
 }
 
 static void arm(struct disk_uring *u, uint32_t tag)
@@ -246,6 +273,25 @@ static uint32_t reap(struct disk *d, bool wait)
     }
     if (io_uring_sq_ready(&u->ring) > 0)
         io_uring_submit(&u->ring);
+    return delivered;
+}
+
+static uint32_t reap_later(struct disk *d, bool wait)
+{
+    struct disk_uring *u = uring_of_later(d);
+    uint32_t delivered = 0;
+
+    if (wait && !u->done)
+        reap(&u->disk, true);
+    while (u->done) {
+        struct disk_op *op = u->done;
+
+        u->done = op->next;
+        if (!u->done)
+            u->done_last = NULL;
+        op->done(op, op->result);
+        delivered++;
+    }
     return delivered;
 }
 
@@ -364,8 +410,8 @@ int disk_uring_open(struct disk_uring **out, const int *files, uint32_t count, v
     }
     for (uint32_t i = 0; i < DISK_URING_TAGS; i++)
         u->watch_fd[i] = -1;
-    u->disk.submit = submit;
-    u->disk.reap = reap;
+    u->disk = (struct disk){.submit = submit, .reap = reap};
+    u->later = (struct disk){.submit = submit_later, .reap = reap_later};
     *out = u;
     return 0;
 }
@@ -382,6 +428,16 @@ void disk_uring_close(struct disk_uring *u)
 struct disk *disk_uring_disk(struct disk_uring *u)
 {
     return &u->disk;
+}
+
+struct disk *disk_uring_later(struct disk_uring *u)
+{
+    return &u->later;
+}
+
+bool disk_uring_ready(const struct disk_uring *u)
+{
+    return u->done;
 }
 
 struct wait_state {

@@ -18,6 +18,10 @@ int disk_uring_open(struct disk_uring **out, const int *files, uint32_t count, v
                     uint64_t buffer_bytes, bool *registered);
 void disk_uring_close(struct disk_uring *u);
 struct disk *disk_uring_disk(struct disk_uring *u);
+/* A second seam on the same ring: what is submitted through it is taken from the kernel by the
+ * first one's reap(), and delivered by its own only. ready: that would deliver something. */
+struct disk *disk_uring_later(struct disk_uring *u);
+bool disk_uring_ready(const struct disk_uring *u);
 
 /* Wakes the sleeper when the eventfd is written; tag is given to woken(). Unwatch before
  * the descriptor is closed; tags are small numbers, one watch a tag. */

@@ -253,7 +253,7 @@ static inline uint32_t record_header_bytes(uint32_t segments)
  * are since the agent's start. Python reads these structs through cffi (build_ffi.py). */
 /* cdef-begin */
 #define METRICS_MAGIC 0x31434952544d5045 /* "EPMTRIC1" */
-#define METRICS_VERSION 2
+#define METRICS_VERSION 3
 #define METRICS_SUB_BITS 4     /* buckets: 2^4 a power of two, so a value is known to 1/16 */
 #define METRICS_BUCKETS 592    /* values below 2^40 ns (18 minutes); longer ones in the last */
 #define METRICS_TRACES 4096
@@ -288,7 +288,7 @@ struct metrics_histogram {
     uint64_t bucket[METRICS_BUCKETS];
 };
 
-/* One request. `number` is stored last: 0 while the rest changes, then 1, 2, ... as traced. */
+/* One request. `number` is stored last: 0 while the rest changes; each reactor counts up. */
 struct metrics_trace {
     uint64_t number;
     uint64_t fetched_ns;       /* begin of its round; the next three are what passed since */
@@ -325,7 +325,7 @@ struct metrics_disk {
 struct metrics_state {
     uint64_t version;
     uint64_t updated_ns;
-    uint64_t busy_ns;          /* spent in rounds of the reactor that did something */
+    uint64_t busy_ns;          /* spent in rounds of a reactor that did something */
     uint64_t asleep_ns;        /* spent asleep; the rest is polling */
     uint64_t batches;          /* rounds that answered requests at once; how many those were
                                   is in the histograms */
@@ -351,9 +351,10 @@ struct metrics_page {
     uint8_t group[16];
     char name[32];             /* the group's */
     char control[METRICS_PATH]; /* path of the control socket */
-    uint64_t sleeping;         /* 1: the reactor waits for an event, so nothing changes */
-    uint64_t traced;           /* traces begun; the newest are in trace[n % METRICS_TRACES] */
-    uint8_t reserved[304];     /* what changes with requests begins at a line of its own */
+    uint64_t sleeping;         /* 1: all reactors wait for an event, so nothing changes */
+    uint64_t traced;           /* traces in trace[], or that were; each reactor has its share */
+    uint64_t reactors;         /* that the picture's times add up */
+    uint8_t reserved[296];     /* what changes with requests begins at a line of its own */
     struct metrics_state state;
     struct metrics_histogram stage[METRICS_STAGES];
     struct metrics_trace trace[METRICS_TRACES];

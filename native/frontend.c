@@ -15,13 +15,14 @@
 #define REJECT_TELL_NS 10000000ull /* a disk tells of so few: an event costs memory */
 #define WATCH_TAG(b, q) (1u + (b)->disk * CORE_QUEUES_MAX + (q))
 
-void blk_init(struct blk *b, struct reactor *core, uint32_t disk)
+void blk_init(struct blk *b, struct reactor *r, uint32_t disk)
 {
     memset(b, 0, sizeof(*b));
-    b->core = core;
-    b->writer = group_writer(&core->group, disk);
+    b->reactor = r;
+    b->group = r->group;
+    b->writer = r->writer;
     b->disk = disk;
-    b->config = &core->group.config.disk[disk];
+    b->config = &r->group->config.disk[disk];
     b->sectors = b->config->size_bytes / SECTOR_BYTES;
     for (uint32_t i = 0; i < CORE_QUEUES_MAX; i++)
         ring_init(&b->ring[i], b, i);
@@ -32,14 +33,14 @@ void blk_init(struct blk *b, struct reactor *core, uint32_t disk)
 void blk_watch(struct ring *r)
 {
     if (r->kick_fd >= 0 && !r->watched)
-        disk_uring_watch(r->blk->core->uring, r->kick_fd, WATCH_TAG(r->blk, r->index));
+        disk_uring_watch(r->blk->reactor->uring, r->kick_fd, WATCH_TAG(r->blk, r->index));
     r->watched = r->kick_fd >= 0;
 }
 
 void blk_unwatch(struct ring *r)
 {
     if (r->watched)
-        disk_uring_unwatch(r->blk->core->uring, WATCH_TAG(r->blk, r->index));
+        disk_uring_unwatch(r->blk->reactor->uring, WATCH_TAG(r->blk, r->index));
     r->watched = false;
 }
 
@@ -50,13 +51,13 @@ void blk_ring_broken(struct ring *r)
     r->blk->stats.rejected++;
     r->blk->stats.broken++;
     memcpy(event.text, r->reason, sizeof(event.text));
-    reactor_emit(r->blk->core, &event);
+    reactor_emit(r->blk->reactor->core, &event);
     blk_running_changed(r->blk);
 }
 
 void blk_reject(struct blk *b, uint32_t queue, const char *format, ...)
 {
-    uint64_t now = b->core->group.now_ns;
+    uint64_t now = b->reactor->now_ns;
     core_event event = {.type = CORE_EVENT_REJECTED, .disk = b->disk, .value = queue};
     va_list args;
 
@@ -71,12 +72,12 @@ void blk_reject(struct blk *b, uint32_t queue, const char *format, ...)
     va_start(args, format);
     vsnprintf(event.text, sizeof(event.text), format, args);
     va_end(args);
-    reactor_emit(b->core, &event);
+    reactor_emit(b->reactor->core, &event);
 }
 
 void blk_running_changed(struct blk *b)
 {
-    reactor_running_changed(b->core);
+    reactor_running_changed(b->reactor);
 }
 
 /* ---- Quiet --------------------------------------------------------------------------------- */
@@ -109,7 +110,7 @@ static void abandon(struct blk *b)
         next = q->next;
         if (!q->waits_flush)
             continue;
-        checkpoint_unflush(&b->core->group, &q->waiter);
+        checkpoint_unflush(b->group, &q->waiter);
         *q->link = q->next;
         if (q->next)
             q->next->link = q->link;
@@ -174,7 +175,7 @@ static bool do_memory(struct blk *b, struct command *c)
     b->lost_told = false;
     move_requests(b);
     pause_rings(b, false);
-    reactor_done(b->core, c, 0, 0, NULL);
+    reactor_done(b->reactor, c, 0, 0, NULL);
     return true;
 }
 
@@ -204,7 +205,7 @@ static bool do_reset(struct blk *b, struct command *c)
     b->paused = false;
     b->lost_told = false;
     b->stop_since_ns = 0;
-    reactor_done(b->core, c, 0, 0, NULL);
+    reactor_done(b->reactor, c, 0, 0, NULL);
     return true;
 }
 
@@ -212,20 +213,20 @@ uint64_t blk_timer(const struct blk *b)
 {
     uint64_t at = b->stop_since_ns + BLK_STOP_WAIT_NS;
 
-    return b->stop_since_ns && at > b->core->group.now_ns ? at : 0;
+    return b->stop_since_ns && at > b->reactor->now_ns ? at : 0;
 }
 
 /* The clock runs from the first stop that had to wait; the VMM's other queues share it. */
 static bool waited_enough(struct blk *b)
 {
     if (!b->stop_since_ns)
-        b->stop_since_ns = b->core->group.now_ns;
-    return b->core->group.now_ns - b->stop_since_ns >= BLK_STOP_WAIT_NS;
+        b->stop_since_ns = b->reactor->now_ns;
+    return b->reactor->now_ns - b->stop_since_ns >= BLK_STOP_WAIT_NS;
 }
 
 static void tell_given_up(struct ring *r)
 {
-    struct group *g = &r->blk->core->group;
+    struct group *g = r->blk->group;
 
     if (r->given_up)
         group_log(g, LOG_ERROR, "disk \"%s\": virtqueue %u was stopped with %u requests that "
@@ -255,7 +256,7 @@ static bool do_stop(struct blk *b, struct command *c)
     }
     r->stopping = true;
     ring_update(r);
-    if (r->inflight && waited_enough(b) && b->core->group.trouble[TROUBLE_COMMIT][0])
+    if (r->inflight && waited_enough(b) && b->group->trouble[TROUBLE_COMMIT][0])
         r->given_up += blk_fail_flushes(r);
     if (r->inflight)
         return false;
@@ -269,7 +270,7 @@ static bool do_stop(struct blk *b, struct command *c)
     r->kick_fd = -1;
     r->kicked = r->stopping = r->broken = false;
     r->held = false;
-    reactor_done(b->core, c, 0, r->last_avail, NULL);
+    reactor_done(b->reactor, c, 0, r->last_avail, NULL);
     return true;
 }
 
@@ -289,7 +290,7 @@ static void do_kick(struct blk *b, struct command *c)
         blk_watch(r);
     ring_update(r);
     blk_running_changed(b);
-    reactor_done(b->core, c, 0, 0, NULL);
+    reactor_done(b->reactor, c, 0, 0, NULL);
 }
 
 /* The new descriptor in place of the old one; false: there is none now, the command failed. */
@@ -302,7 +303,7 @@ static bool replace(struct blk *b, struct command *c, struct notifier **to)
     if (c->fd >= 0)
         error = notifier_open(to, c->fd);
     if (error)
-        reactor_done(b->core, c, error, 0, "the eventfd cannot be registered with io_uring");
+        reactor_done(b->reactor, c, error, 0, "the eventfd cannot be registered with io_uring");
     return !error;
 }
 
@@ -314,7 +315,7 @@ static void do_call(struct blk *b, struct command *c)
         return;
     /* What was finished while there was no descriptor would wait for ever. */
     ring_call(r);
-    reactor_done(b->core, c, 0, 0, NULL);
+    reactor_done(b->reactor, c, 0, 0, NULL);
 }
 
 static void do_size(struct blk *b, struct command *c)
@@ -323,17 +324,17 @@ static void do_size(struct blk *b, struct command *c)
     uint64_t n = c->value;
 
     if (n == 0 || n > CORE_QUEUE_SIZE_MAX || (n & (n - 1))) {
-        reactor_done(b->core, c, -EINVAL, 0, "the size of a virtqueue is a power of two up to 1024");
+        reactor_done(b->reactor, c, -EINVAL, 0, "the size of a virtqueue is a power of two up to 1024");
         return;
     }
     if (r->running) {
-        reactor_done(b->core, c, -EBUSY, 0, "the virtqueue is running");
+        reactor_done(b->reactor, c, -EBUSY, 0, "the virtqueue is running");
         return;
     }
     r->size = (uint32_t)n;
     ring_resolve(r);
     ring_update(r);
-    reactor_done(b->core, c, 0, 0, NULL);
+    reactor_done(b->reactor, c, 0, 0, NULL);
 }
 
 static void do_addr(struct blk *b, struct command *c)
@@ -350,10 +351,10 @@ static void do_addr(struct blk *b, struct command *c)
         ring_resolve(r);
         ring_update(r);
     } else if (r->desc_user != c->desc || r->avail_user != c->avail || r->used_user != c->used) {
-        reactor_done(b->core, c, -EBUSY, 0, "the virtqueue is running: its rings cannot move");
+        reactor_done(b->reactor, c, -EBUSY, 0, "the virtqueue is running: its rings cannot move");
         return;
     }
-    reactor_done(b->core, c, 0, 0, NULL);
+    reactor_done(b->reactor, c, 0, 0, NULL);
 }
 
 /* The quick ones. */
@@ -398,7 +399,7 @@ static void do_now(struct blk *b, struct command *c)
     default:
         check(false);
     }
-    reactor_done(b->core, c, 0, 0, NULL);
+    reactor_done(b->reactor, c, 0, 0, NULL);
 }
 
 void blk_command(struct blk *b, struct command *c)
@@ -446,7 +447,7 @@ bool blk_step(struct blk *b)
     if (!b->lost_told && (memory_lost(b->memory) || mapping_lost(b->log_store.mapping) ||
                           mapping_lost(b->inflight_map))) {
         b->lost_told = true;
-        reactor_emit(b->core, &lost);
+        reactor_emit(b->reactor->core, &lost);
     }
     if (!c || !carry_out(b, c))
         return false;

@@ -85,6 +85,8 @@ bool group_step(struct group *g)
     moved |= apply_step(g);
     moved |= pack_step(g);
     moved |= spill_step(g);
+    if (unlikely(g->writers > 1))
+        writers_grant(g);
     return moved;
 }
 

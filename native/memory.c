@@ -25,7 +25,7 @@ struct known {
     uint32_t lost;
 };
 static struct known known[MAPPINGS_MAX];
-uint32_t span_faults;
+_Thread_local uint32_t span_faults;
 
 static void know(struct known *k, uintptr_t first, uint64_t bytes)
 {

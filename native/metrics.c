@@ -38,8 +38,20 @@ int metrics_open(struct metrics *m, int fd, const uint8_t group[16], const char 
     snprintf(p->name, sizeof(p->name), "%s", name);
     snprintf(p->control, sizeof(p->control), "%s", control);
     m->page = p;
+    m->writers = 1;
     m->until_trace = METRICS_TRACE_EVERY;
     return 0;
+}
+
+void metrics_share(struct metrics *m, const struct metrics *first, uint32_t number,
+                   uint32_t writers)
+{
+    m->page = first->page;
+    m->number = number;
+    m->writers = writers;
+    m->until_trace = METRICS_TRACE_EVERY;
+    if (m->page)
+        m->page->reactors = writers;
 }
 
 void metrics_close(struct metrics *m)
@@ -69,10 +81,18 @@ void metrics_trace_begin(struct metrics *m, uint64_t fetched_ns, const struct me
     m->tracing = true;
 }
 
+/* Each writer has slots of its own. */
+static struct metrics_trace *trace_slot(const struct metrics *m, uint64_t n)
+{
+    uint32_t slots = METRICS_TRACES / m->writers;
+
+    return &m->page->trace[m->number * slots + n % slots];
+}
+
 /* Into the next slot, whose `number` stays 0 until the end of the round. */
 static void put_trace(struct metrics *m, const struct metrics_trace *trace)
 {
-    struct metrics_trace *slot = &m->page->trace[m->traced++ % METRICS_TRACES];
+    struct metrics_trace *slot = trace_slot(m, m->traced++);
 
     __atomic_store_n(&slot->number, 0, __ATOMIC_RELAXED);
     __atomic_thread_fence(__ATOMIC_RELEASE); /* 0 is out before the rest changes */
@@ -122,7 +142,7 @@ __attribute__((noinline)) static void publish_traces(struct metrics *m, uint64_t
 {
     for (; m->unpublished > 0; m->unpublished--) {
         uint64_t place = m->traced - m->unpublished;
-        struct metrics_trace *t = &m->page->trace[place % METRICS_TRACES];
+        struct metrics_trace *t = trace_slot(m, place);
 
         t->published_ns = since(t, now_ns);
         if (!t->waited) {
@@ -130,9 +150,9 @@ __attribute__((noinline)) static void publish_traces(struct metrics *m, uint64_t
             metrics_add(m, METRICS_REQUEST_COPY, t->copied_ns - t->begun_ns, 1);
             metrics_add(m, METRICS_REQUEST_PUBLISH, t->published_ns - t->copied_ns, 1);
         }
-        __atomic_store_n(&t->number, place + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&t->number, place * m->writers + m->number + 1, __ATOMIC_RELEASE);
+        metrics_grow(m, &m->page->traced, 1);
     }
-    __atomic_store_n(&m->page->traced, m->traced, __ATOMIC_RELEASE);
 }
 
 void metrics_round_over(struct metrics *m, uint64_t ns, uint64_t now_ns)
@@ -143,7 +163,7 @@ void metrics_round_over(struct metrics *m, uint64_t ns, uint64_t now_ns)
 
         for (uint32_t i = 0; i < METRICS_ROUND_STAGES; i++)
             if (m->answered[i])
-                metrics_grow(&m->page->stage[i].bucket[bucket], m->answered[i]);
+                metrics_grow(m, &m->page->stage[i].bucket[bucket], m->answered[i]);
         m->batches++;
     }
     memset(m->answered, 0, sizeof(m->answered));
@@ -218,17 +238,33 @@ static void picture_queue(const struct ring *r, struct metrics_queue *q)
 {
     *q = (struct metrics_queue){.requests = r->requests, .kicks = r->kicks, .calls = r->calls,
                                 .size = r->size, .inflight = r->inflight, .running = 1,
-                                .held = r->held};
+                                .held = r->held && r->held_told};
 }
 
-void metrics_publish(struct reactor *r)
+static void picture_reactor(struct reactor *r, struct metrics_state *s)
 {
-    struct group *g = &r->group;
+    s->busy_ns += r->metrics.busy_ns;
+    s->asleep_ns += r->metrics.asleep_ns;
+    if (r->follows && __atomic_load_n(&r->asleep, __ATOMIC_RELAXED)) /* since its last round */
+        s->asleep_ns += r->group->now_ns > r->now_ns ? r->group->now_ns - r->now_ns : 0;
+    s->batches += r->metrics.batches;
+    r->unseen = false;
+    for (uint32_t i = 0; i < r->running_count; i++) {
+        const struct ring *ring = r->running[i];
+
+        picture_queue(ring, &s->disk[ring->blk->disk].queue[ring->index]);
+    }
+}
+
+void metrics_publish(struct core *c)
+{
+    struct group *g = &c->group;
     struct metrics *m = &g->metrics;
     struct metrics_state *s;
     uint64_t version;
 
     m->publish_ns = g->now_ns + METRICS_PUBLISH_NS;
+    __atomic_store_n(&c->picture, 0, __ATOMIC_RELAXED);
     if (!m->page)
         return;
     s = &m->page->state;
@@ -236,18 +272,13 @@ void metrics_publish(struct reactor *r)
     __atomic_store_n(&s->version, version + 1, __ATOMIC_RELAXED);
     __atomic_thread_fence(__ATOMIC_RELEASE);
     s->updated_ns = g->now_ns;
-    s->busy_ns = m->busy_ns;
-    s->asleep_ns = m->asleep_ns;
-    s->batches = m->batches;
+    s->busy_ns = s->asleep_ns = s->batches = 0;
     s->disks = g->config.disks;
     picture_group(g, s);
     for (uint32_t i = 0; i < g->config.disks; i++)
-        picture_disk(&r->blk[i], &s->disk[i]);
-    for (uint32_t i = 0; i < r->running_count; i++) {
-        const struct ring *ring = r->running[i];
-
-        picture_queue(ring, &s->disk[ring->blk->disk].queue[ring->index]);
-    }
+        picture_disk(&c->blk[i], &s->disk[i]);
+    for (uint32_t i = 0; i < c->reactors; i++)
+        picture_reactor(&c->reactor[i], s);
     __atomic_store_n(&s->version, version + 2, __ATOMIC_RELEASE);
     if (m->page->magic == 0)
         __atomic_store_n(&m->page->magic, METRICS_MAGIC, __ATOMIC_RELEASE);

@@ -1,8 +1,10 @@
 /* metrics.h - what the agent is doing, in a shared-memory page that others may read while it
  * works, or hangs, or when it is dead: counters, latencies by stage, traces of requests.
  *
- * Owner: the reactor thread is the only writer and never reads the page. No lock, no system
- * call and no allocation after metrics_open(). Cost: requests are counted one by one, in
+ * Owner: each reactor has one of these for its requests, the group one for what it does itself;
+ * all write one page, and never read it. No lock, no system call and no allocation after
+ * metrics_open(). The leader alone makes the picture of counters, with all others outside of
+ * their rounds. Cost: requests are counted one by one, in
  * private memory; latencies are taken by the clock that the reactor reads once a round
  * anyway, for all answers of the round at once; one request in METRICS_TRACE_EVERY has stamps
  * of its own. The picture of counters is made anew every METRICS_PUBLISH_NS.
@@ -19,13 +21,12 @@
 #include "check.h"
 #include "format.h"
 
-struct reactor;
-
 #define METRICS_PUBLISH_NS 10000000ull
 #define METRICS_ROUND_STAGES 3u     /* METRICS_WRITE, _READ_HIT, _ZERO */
 
 struct metrics {
     struct metrics_page *page;      /* NULL: not opened */
+    uint32_t number, writers;       /* of so many that share the page's histograms */
     uint32_t answered[METRICS_ROUND_STAGES]; /* in this round */
     uint32_t unpublished;           /* traces of this round, in page->trace */
     uint32_t until_trace;           /* requests until the next traced one */
@@ -62,9 +63,12 @@ static inline uint64_t metrics_bucket_low(uint32_t bucket)
 }
 
 /* One writer: a plain sum, stored as one word. */
-static inline void metrics_grow(uint64_t *at, uint64_t by)
+static inline void metrics_grow(const struct metrics *m, uint64_t *at, uint64_t by)
 {
-    __atomic_store_n(at, *at + by, __ATOMIC_RELAXED);
+    if (likely(m->writers == 1))
+        __atomic_store_n(at, *at + by, __ATOMIC_RELAXED);
+    else
+        __atomic_add_fetch(at, by, __ATOMIC_RELAXED);
 }
 
 /* `count` events took `ns` each. */
@@ -72,7 +76,7 @@ static inline void metrics_add(struct metrics *m, enum metrics_stage stage, uint
                                uint64_t count)
 {
     if (likely(m->page))
-        metrics_grow(&m->page->stage[stage].bucket[metrics_bucket(ns)], count);
+        metrics_grow(m, &m->page->stage[stage].bucket[metrics_bucket(ns)], count);
 }
 
 /* ---- Requests ------------------------------------------------------------------------------- */
@@ -107,9 +111,11 @@ void metrics_late(struct metrics *m, enum metrics_stage stage, uint64_t fetched_
 /* At the start of a round, after one that did something: how long that one took. */
 void metrics_round_over(struct metrics *m, uint64_t ns, uint64_t now_ns);
 
-/* Makes the picture of counters anew. */
-void metrics_publish(struct reactor *r);
+struct core;
+/* Makes the picture of counters anew; the leader's. */
+void metrics_publish(struct core *c);
 
+/* All reactors do, or one does not. */
 static inline void metrics_sleeping(struct metrics *m, bool sleeping)
 {
     if (m->page)
@@ -121,6 +127,9 @@ static inline void metrics_sleeping(struct metrics *m, bool sleeping)
 /* Maps sizeof(struct metrics_page) bytes of fd, which holds nothing yet. Negative errno. */
 int metrics_open(struct metrics *m, int fd, const uint8_t group[16], const char *name,
                  const char *control);
+/* Another writer of the same page; number 0 is the one that was opened. */
+void metrics_share(struct metrics *m, const struct metrics *first, uint32_t number,
+                   uint32_t writers);
 void metrics_close(struct metrics *m);
 
 #endif

@@ -700,6 +700,9 @@ static void tell(struct recovery *r)
         group_log(g, LOG_INFO, "reattached the arena: open epoch %llu, committed %llu, %llu of "
                   "%u segments used", (ull)epoch_open(g)->id, (ull)g->committed,
                   (ull)(g->arena.segments - g->arena.free_count), g->arena.segments);
+    if (g->config.reactors > g->writers)
+        group_log(g, LOG_WARNING, "%u reactors are more than the %u disks: %u are started, each "
+                  "disk has one", g->config.reactors, g->config.disks, g->writers);
     if (r->super_bad)
         group_log(g, LOG_WARNING, "journal: %u superblocks cannot be read; the newest of the "
                   "others is used", r->super_bad);
@@ -730,8 +733,7 @@ static int open_writers(struct group *g)
     uint32_t writers = g->config.reactors ? g->config.reactors : 1;
     int error = 0;
 
-    if (writers > g->config.disks)
-        writers = g->config.disks;
+    writers = writers < g->config.disks ? writers : g->config.disks;
     pthread_mutex_init(&g->free_lock, NULL);
     pthread_mutex_init(&g->waiter_lock, NULL);
     g->writers = writers < CORE_REACTORS_MAX ? writers : CORE_REACTORS_MAX;

@@ -278,10 +278,10 @@ static bool call_wanted(struct ring *r)
 
 static void has_news(struct ring *r)
 {
-    struct reactor *core = r->blk->core;
+    struct reactor *reactor = r->blk->reactor;
 
     r->to_publish = true;
-    core->news[core->news_count++] = r;
+    reactor->news[reactor->news_count++] = r;
 }
 
 /* Lets the driver see what was pushed, for it may be looking; it is not called yet. */
@@ -495,7 +495,7 @@ static bool prepare(struct ring *r, uint16_t head, struct chain *c)
 
 static bool poll_resubmits(struct ring *r)
 {
-    struct chain *c = r->blk->core->chain;
+    struct chain *c = r->blk->reactor->chain;
 
     while (r->resubmit_next < r->resubmits && r->running) {
         if (!prepare(r, r->resubmit[r->resubmit_next], c) || !blk_execute(r, c))
@@ -535,7 +535,7 @@ static void fetch_ahead(const struct ring *r, uint32_t ahead)
  * makes new requests while the other half is served. A driver with more has work anyway. */
 static uint32_t take(struct ring *r, uint32_t count)
 {
-    struct chain *chain = r->blk->core->chain;
+    struct chain *chain = r->blk->reactor->chain;
     uint32_t done = 0, ready = 0;
     bool good = true;
 

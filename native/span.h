@@ -14,9 +14,10 @@ struct span {
     uint64_t bytes;
 };
 
-/* Counts accesses to guest memory that had no memory behind them (memory.c); a copy during
- * which it moves has copied zeroes. */
-extern uint32_t span_faults;
+/* Counts this thread's accesses to guest memory that had no memory behind them (memory.c); a copy
+ * during which it moves has copied zeroes. A signal handler counts, so the variable must be there
+ * before the thread has used it: hence the model. */
+extern _Thread_local uint32_t span_faults __attribute__((tls_model("initial-exec")));
 static inline uint32_t span_faults_now(void)
 {
     return __atomic_load_n(&span_faults, __ATOMIC_ACQUIRE);

@@ -57,5 +57,11 @@ int worker_start(struct worker *w, struct dictionaries *d, int notify_fd, bool i
 void worker_stop(struct worker *w);
 bool worker_submit(struct worker *w, struct job *job, bool urgent);
 uint32_t worker_reap(struct worker *w);
+/* Has worker_reap() something to do? */
+static inline bool worker_ready(const struct worker *w)
+{
+    return w->outstanding > 0 &&
+           w->finished.head != __atomic_load_n(&w->finished.tail, __ATOMIC_ACQUIRE);
+}
 
 #endif

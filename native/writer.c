@@ -173,7 +173,7 @@ static void serve_worn(struct writer *w)
 }
 
 /* Room for its largest request: from the arena, or what others have aside and need not have. */
-static void serve_held(struct writer *w)
+static bool grant(struct writer *w)
 {
     struct group *g = w->group;
 
@@ -186,13 +186,20 @@ static void serve_held(struct writer *w)
     }
     if (!epoch_room(w, w->held_blocks)) {
         give_back(w);
-        group_hold(w, w->held_blocks);
-        return;
+        return false;
     }
     w->held_blocks = 0;
     w->granted = true;
     if (g->wake)
         g->wake(g->event_owner, w->number);
+    return true;
+}
+
+void writers_grant(struct group *g)
+{
+    for (uint32_t i = 0; i < g->writers; i++)
+        if (g->writer[i].held_blocks)
+            grant(&g->writer[i]);
 }
 
 void writers_serve(struct group *g)
@@ -215,6 +222,6 @@ void writers_serve(struct group *g)
         group_pressure(g, false);
     }
     for (uint32_t i = 0; i < g->writers; i++)
-        if (g->writer[i].held_blocks)
-            serve_held(&g->writer[i]);
+        if (g->writer[i].held_blocks && !grant(&g->writer[i]))
+            group_hold(&g->writer[i], g->writer[i].held_blocks);
 }

@@ -105,7 +105,9 @@ void writer_hold(struct writer *w, uint64_t blocks);
 
 /* Segments that all of them have aside. */
 uint32_t writers_stock(const struct group *g);
-/* In group_step(): sees to what the writers have noted. */
+/* At the beginning of group_step(): sees to what the writers have noted. */
 void writers_serve(struct group *g);
+/* At its end: gives held requests the room that it has made. */
+void writers_grant(struct group *g);
 
 #endif

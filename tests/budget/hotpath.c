@@ -77,13 +77,13 @@ __attribute__((noinline)) static void measured(void)
 {
     for (uint64_t i = waste; i > 0; i--)
         __asm__ volatile("");
-    begin_round(&engine->reactor, true);
-    step(&engine->reactor);
+    begin_round(&engine->reactor[0], true);
+    step(&engine->reactor[0]);
 }
 
 static void fill(void)
 {
-    step(&engine->reactor);
+    step(&engine->reactor[0]);
 }
 
 static void run(uint64_t requests, uint32_t depth, void (*round)(void))
@@ -104,28 +104,23 @@ static void verb(enum verb_kind kind)
     struct verb v = {.kind = kind, .newest = true};
     core_event event;
 
-    checkpoint_submit(&engine->reactor.group, &v);
+    checkpoint_submit(&engine->group, &v);
     for (uint32_t i = 0; i < 1000; i++)
-        step(&engine->reactor);
+        step(&engine->reactor[0]);
     while (core_next_event(engine, &event))
         ;
 }
 
 /* ---- Life ---------------------------------------------------------------------------------- */
 
-static void event(void *owner, const core_event *e)
-{
-    reactor_emit(owner, e);
-}
-
 static void open_metrics(struct reactor *r)
 {
     int fd = memfd_create("metrics", 0);
 
     if (ftruncate(fd, sizeof(struct metrics_page)) ||
-        metrics_open(&r->group.metrics, fd, r->group.journal.group, "group", "control"))
+        metrics_open(&r->metrics, fd, r->group->journal.group, "group", "control"))
         finding("cannot open the live view: %s", strerror(errno));
-    r->group.metrics.publish_ns = UINT64_MAX; /* pictures are due by the clock, not by requests */
+    r->metrics.publish_ns = UINT64_MAX; /* pictures are due by the clock, not by requests */
 }
 
 static void open_engine(uint64_t arena_bytes)
@@ -149,21 +144,16 @@ static void open_engine(uint64_t arena_bytes)
         pread(config.journal_fd, disk.file[0].data, JOURNAL_LOG_OFFSET, 0) < 0)
         finding("%s", text);
     arena_huge_pages(config.arena_fd, arena_bytes);
-    engine = calloc(1, sizeof(*engine));
-    r = &engine->reactor;
-    r->wake_fd = r->event_fd = -1;
-    pthread_mutex_init(&r->command_lock, NULL);
-    pthread_mutex_init(&r->event_lock, NULL);
-    r->group.event = event;
-    r->group.event_owner = r;
-    r->block = aligned_alloc(PAGE, BLOCK_BYTES);
-    if (group_open(&r->group, &config, &disk.disk, text) || group_start(&r->group, -1, true))
+    engine = core_alloc(1);
+    r = &engine->reactor[0];
+    if (group_open(r->group, &config, &disk.disk, text) || group_start(r->group, -1, true))
         finding("%s", text);
     /* First touches are not what is measured. */
-    if (madvise(r->group.arena.header, arena_bytes, MADV_POPULATE_WRITE))
+    if (madvise(r->group->arena.header, arena_bytes, MADV_POPULATE_WRITE))
         finding("cannot populate the arena: %s", strerror(errno));
-    blk_init(&r->blk[0], r, 0);
-    r->group.now_ns = 1;
+    blk_init(&engine->blk[0], r, 0);
+    r->disk = r->group->disk;
+    r->now_ns = r->group->now_ns = 1;
     open_metrics(r);
 }
 
@@ -171,7 +161,7 @@ static void start_ring(void)
 {
     static struct mapping whole;
     static struct memory memory;
-    struct blk *b = &engine->reactor.blk[0];
+    struct blk *b = &engine->blk[0];
     struct ring *r = &b->ring[0];
 
     guest = mmap(NULL, GUEST_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

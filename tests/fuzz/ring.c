@@ -170,7 +170,7 @@ static struct vring_desc seen;
 static void observe_field(uint32_t r, uint64_t offset)
 {
     for (uint32_t q = 0; q < QUEUES; q++) {
-        const struct ring *ring = &engine->reactor.blk[0].ring[q];
+        const struct ring *ring = &engine->blk[0].ring[q];
         const uint8_t *table = (const uint8_t *)ring->desc, *at = region[r].host + offset;
 
         if (!table || at < table || at >= table + ring->size * sizeof(seen))
@@ -248,7 +248,7 @@ void *fuzz_memcpy(void *to, const void *from, size_t bytes)
         mutate((uint32_t)r, offset + bytes / 2, bytes - bytes / 2);
     memcpy((uint8_t *)to + bytes / 2, (const uint8_t *)from + bytes / 2, bytes - bytes / 2);
     for (uint32_t i = 0; i < CHAINS_AHEAD; i++) {
-        const struct chain *c = &engine->reactor.chain[i];
+        const struct chain *c = &engine->reactor[0].chain[i];
 
         if ((uint8_t *)to >= (const uint8_t *)c->table &&
             (uint8_t *)to < (const uint8_t *)c->table + sizeof(c->table))
@@ -262,7 +262,7 @@ void *fuzz_memcpy(void *to, const void *from, size_t bytes)
 
 static void send_command(struct command *c)
 {
-    struct reactor *r = &engine->reactor;
+    struct reactor *r = &engine->reactor[0];
 
     c->token = ++token;
     c->fd = -1;
@@ -316,7 +316,7 @@ static void send_memory(uint32_t shown)
     struct memory *m = calloc(1, sizeof(*m));
 
     rest(); /* the one before is in use by now, or waits for ever: then it must not be lost */
-    if (engine->reactor.blk[0].command_first || engine->reactor.command_first) {
+    if (engine->blk[0].command_first || engine->reactor[0].command_first) {
         free(m);
         return;
     }
@@ -344,7 +344,7 @@ static void send_memory(uint32_t shown)
 /* Has the table that was sent come into use? Then the guest's bytes are in it. */
 static void adopt_memory(void)
 {
-    const struct memory *m = engine->reactor.blk[0].memory;
+    const struct memory *m = engine->blk[0].memory;
 
     for (uint32_t i = 0; m && i < m->count; i++)
         for (uint32_t n = 0; n < REGIONS; n++)
@@ -363,7 +363,7 @@ static void adopt_memory(void)
 static void allow_rings(void)
 {
     for (uint32_t q = 0; q < QUEUES; q++) {
-        const struct ring *ring = &engine->reactor.blk[0].ring[q];
+        const struct ring *ring = &engine->blk[0].ring[q];
         int r = ring->used ? region_of(ring->used, 1) : -1;
 
         if (r >= 0)
@@ -375,11 +375,11 @@ static void allow_rings(void)
 /* One round of the reactor. */
 static bool round_once(void)
 {
-    struct reactor *r = &engine->reactor;
+    struct reactor *r = &engine->reactor[0];
     core_event event;
     bool moved;
 
-    r->group.now_ns += 1000;
+    r->now_ns = r->group->now_ns += 1000;
     allow_rings();
     armed = true;
     moved = step(r);
@@ -451,7 +451,7 @@ static void write_request(struct input *in)
 
 static void write_available(struct input *in)
 {
-    struct ring *ring = &engine->reactor.blk[0].ring[input_8(in) % QUEUES];
+    struct ring *ring = &engine->blk[0].ring[input_8(in) % QUEUES];
     uint16_t head = (uint16_t)input_n(in, 2), idx;
     int r = ring->avail ? region_of(ring->avail, 4) : -1;
     uint64_t at;
@@ -630,7 +630,7 @@ static void script(struct input *in)
             break;
         case 12:
             armed = true;
-            want_kicks(&engine->reactor, op >> 4 & 1);
+            want_kicks(&engine->reactor[0], op >> 4 & 1);
             armed = false;
             break;
         default:
@@ -646,7 +646,7 @@ static void serve_other(void)
     static uint8_t page[PAGE];
     static struct mapping whole = {.base = page, .bytes = sizeof(page)};
     static struct memory memory;
-    struct blk *b = &engine->reactor.blk[1];
+    struct blk *b = &engine->blk[1];
     struct ring *r = &b->ring[0];
     struct vring_desc *desc = (struct vring_desc *)page;
     struct vring_avail *avail = (struct vring_avail *)(page + 256);
@@ -683,27 +683,21 @@ static void serve_other(void)
         finding("the other disk's requests ended with %u and %u", page[1100], page[1101]);
     ring_reset(r);
     b->memory = NULL;
-    reactor_running_changed(&engine->reactor);
+    reactor_running_changed(&engine->reactor[0]);
 }
 
 /* ---- Life ------------------------------------------------------------------------------------- */
 
 static void close_engine(void)
 {
-    struct reactor *r = &engine->reactor;
+    struct reactor *r = &engine->reactor[0];
 
     seam_drop(&disk);
-    for (uint32_t i = 0; i < r->group.config.disks; i++)
-        blk_free(&r->blk[i]);
-    group_close(&r->group);
-    free(r->block);
-    free(engine);
+    for (uint32_t i = 0; i < r->group->config.disks; i++)
+        blk_free(&engine->blk[i]);
+    group_close(r->group);
+    core_free(engine);
     engine = NULL;
-}
-
-static void event(void *owner, const core_event *e)
-{
-    reactor_emit(owner, e);
 }
 
 static void open_engine(void)
@@ -749,26 +743,21 @@ static void open_engine(void)
         memcpy(config.disk[i].serial, "0123456789abcdefghij", CORE_SERIAL_BYTES);
     }
     config.arena_fd = arena_fd;
-    engine = calloc(1, sizeof(*engine));
-    r = &engine->reactor;
-    r->wake_fd = r->event_fd = -1;
-    pthread_mutex_init(&r->command_lock, NULL);
-    pthread_mutex_init(&r->event_lock, NULL);
-    r->group.event = event;
-    r->group.event_owner = r;
-    r->block = aligned_alloc(PAGE, BLOCK_BYTES);
-    if (group_open(&r->group, &config, &disk.disk, text) || group_start(&r->group, -1, true))
+    engine = core_alloc(1);
+    r = &engine->reactor[0];
+    if (group_open(r->group, &config, &disk.disk, text) || group_start(r->group, -1, true))
         finding("%s", text);
     for (uint32_t i = 0; i < 2; i++)
-        blk_init(&r->blk[i], r, i);
-    r->group.now_ns = 1;
+        blk_init(&engine->blk[i], r, i);
+    r->disk = r->group->disk;
+    r->now_ns = r->group->now_ns = 1;
 }
 
 /* The front end hangs up; then nothing of it may be left. */
 static void end_session(void)
 {
-    struct reactor *r = &engine->reactor;
-    struct group *g = &r->group;
+    struct reactor *r = &engine->reactor[0];
+    struct group *g = r->group;
 
     back = back_end;
     disk.limit = UINT32_MAX;
@@ -780,13 +769,13 @@ static void end_session(void)
         rest();
         g->now_ns += 2 * GROUP_RETRY_NS;
     }
-    if (r->blk[0].requests || r->blk[0].command_first || r->blk[0].memory || r->blk[0].reads_busy)
+    if (engine->blk[0].requests || engine->blk[0].command_first || engine->blk[0].memory || engine->blk[0].reads_busy)
         finding("the front end is gone and something of it is left");
     for (uint32_t i = 0; i < REGIONS; i++)
         if (region[i].base)
             finding("region %u is still mapped", i);
     serve_other();
-    if (g->mode == CORE_ACTIVE || r->events_lost) {
+    if (g->mode == CORE_ACTIVE || engine->events_lost) {
         close_engine();
         return;
     }

@@ -96,33 +96,26 @@ static void start_ring(struct scene *s)
     assert_true(s->ring->running);
 }
 
-static void emit(void *owner, const core_event *event)
-{
-    reactor_emit(owner, event);
-}
-
 static int setup(void **state)
 {
     struct scene *s = calloc(1, sizeof(*s));
-    struct reactor *r = aligned_alloc(_Alignof(struct reactor), sizeof(*r));
+    struct core *c = core_alloc(1);
+    struct reactor *r;
 
-    check(s && r);
+    check(s && c);
+    r = &c->reactor[0];
     bench_start(&s->bench, 8u << 20, 8u << 20, 0);
     bench_kill(&s->bench);
-    memset(r, 0, sizeof(*r));
-    r->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    r->block = aligned_alloc(PAGE, BLOCK_BYTES);
-    pthread_mutex_init(&r->event_lock, NULL);
-    r->group.event = emit;
-    r->group.event_owner = r;
-    r->group.now_ns = 1;
-    assert_int_equal(group_open(&r->group, &s->bench.config, &s->bench.disk.disk, s->bench.text),
+    c->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    r->now_ns = r->group->now_ns = 1;
+    assert_int_equal(group_open(r->group, &s->bench.config, &s->bench.disk.disk, s->bench.text),
                      0);
-    assert_int_equal(group_start(&r->group, -1, true), 0);
+    assert_int_equal(group_start(r->group, -1, true), 0);
+    r->disk = r->group->disk;
     for (uint32_t i = 0; i < BENCH_DISKS; i++)
-        blk_init(&r->blk[i], r, i);
+        blk_init(&c->blk[i], r, i);
     s->reactor = r;
-    s->blk = &r->blk[0];
+    s->blk = &c->blk[0];
     s->ring = &s->blk->ring[0];
     s->memory_fd = memory_file(GUEST_BYTES);
     s->guest = mmap(NULL, GUEST_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, s->memory_fd, 0);
@@ -142,7 +135,7 @@ static void settle(struct scene *s)
 
     while (moved) {
         moved = disk_reap(&s->bench.disk.disk, false) > 0;
-        while (group_step(&s->reactor->group))
+        while (group_step(s->reactor->group))
             moved = true;
         while (blk_step(s->blk))
             moved = true;
@@ -160,13 +153,12 @@ static int teardown(void **state)
     s->bench.disk.hold = false;
     settle(s);
     for (uint32_t i = 0; i < BENCH_DISKS; i++)
-        blk_free(&r->blk[i]);
-    group_close(&r->group);
-    while (core_next_event((core *)r, &event))
+        blk_free(&r->core->blk[i]);
+    group_close(r->group);
+    while (core_next_event(r->core, &event))
         ;
-    close(r->event_fd);
-    free(r->block);
-    free(r);
+    close(r->core->event_fd);
+    core_free(r->core);
     munmap(s->guest, GUEST_BYTES);
     close(s->memory_fd);
     bench_end(&s->bench);
@@ -179,7 +171,7 @@ static core_event answer(struct scene *s)
 {
     core_event event, found = {0};
 
-    while (core_next_event((core *)s->reactor, &event))
+    while (core_next_event(s->reactor->core, &event))
         if (event.type == CORE_EVENT_DONE && event.token == s->token)
             found = event;
     assert_int_equal(found.type, CORE_EVENT_DONE);
@@ -222,7 +214,7 @@ static void promote(struct scene *s)
 {
     struct verb v = {.kind = VERB_PROMOTE, .token = ++s->token};
 
-    assert_int_equal(checkpoint_submit(&s->reactor->group, &v), 0);
+    assert_int_equal(checkpoint_submit(s->reactor->group, &v), 0);
     settle(s);
     assert_int_equal(answer(s).result, 0);
 }
@@ -366,7 +358,7 @@ static bool was_logged(struct scene *s, const char *text)
     core_event event;
     bool found = false;
 
-    while (core_next_event((core *)s->reactor, &event))
+    while (core_next_event(s->reactor->core, &event))
         found |= event.type == CORE_EVENT_LOG && strstr(event.text, text);
     return found;
 }
@@ -378,7 +370,7 @@ static void a_stop_waits_a_bounded_time_for_a_journal_that_fails(void **state)
 
     begin_flush(s, 8);
     assert_false(give(s, command(s, COMMAND_STOP)));
-    s->reactor->group.now_ns += 10 * BLK_STOP_WAIT_NS;
+    s->reactor->now_ns = s->reactor->group->now_ns += 10 * BLK_STOP_WAIT_NS;
     settle(s); /* slow is no failure */
     assert_int_equal(s->ring->inflight, 1);
     fail_journal(s, EIO);
@@ -390,13 +382,13 @@ static void a_stop_waits_a_bounded_time_for_a_journal_that_fails(void **state)
     assert_true(was_logged(s, "stopped with 1 requests"));
     assert_false(s->ring->kicked);
     fail_journal(s, 0); /* what was written is kept, and committed with the next flush */
-    s->reactor->group.now_ns += 2 * GROUP_RETRY_NS;
+    s->reactor->now_ns = s->reactor->group->now_ns += 2 * GROUP_RETRY_NS;
     start_ring(s);
     submit(s, 24, VIRTIO_BLK_T_FLUSH, 0);
     settle(s);
     assert_int_equal(*status_of(s, 24), VIRTIO_BLK_S_OK);
-    assert_int_equal(s->reactor->group.trouble[TROUBLE_COMMIT][0], 0);
-    assert_true(s->reactor->group.committed > 0);
+    assert_int_equal(s->reactor->group->trouble[TROUBLE_COMMIT][0], 0);
+    assert_true(s->reactor->group->committed > 0);
 }
 
 static void a_stop_gives_a_failing_journal_its_time(void **state)
@@ -409,9 +401,9 @@ static void a_stop_gives_a_failing_journal_its_time(void **state)
     assert_false(give(s, command(s, COMMAND_STOP)));
     settle(s);
     assert_int_equal(s->ring->inflight, 1);
-    assert_int_equal(blk_timer(s->blk), s->reactor->group.now_ns + BLK_STOP_WAIT_NS);
+    assert_int_equal(blk_timer(s->blk), s->reactor->group->now_ns + BLK_STOP_WAIT_NS);
     fail_journal(s, 0);
-    s->reactor->group.now_ns += 2 * GROUP_RETRY_NS;
+    s->reactor->now_ns = s->reactor->group->now_ns += 2 * GROUP_RETRY_NS;
     settle(s);
     assert_int_equal(s->used->idx, 2);
     assert_int_equal(*status_of(s, 8), VIRTIO_BLK_S_OK);
@@ -420,7 +412,7 @@ static void a_stop_gives_a_failing_journal_its_time(void **state)
 static void a_stop_waits_a_bounded_time_for_room_for_resubmits(void **state)
 {
     struct scene *s = *state;
-    struct group *g = &s->reactor->group;
+    struct group *g = s->reactor->group;
     int fd = memory_file(inflight_queue_bytes(RING_SIZE));
     struct inflight_queue *q = mmap(NULL, inflight_queue_bytes(RING_SIZE),
                                     PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -444,7 +436,7 @@ static void a_stop_waits_a_bounded_time_for_room_for_resubmits(void **state)
     assert_false(give(s, command(s, COMMAND_STOP)));
     ring_poll(s->ring, 64);
     assert_int_equal(*status_of(s, 16), 0xee);
-    g->now_ns += BLK_STOP_WAIT_NS;
+    s->reactor->now_ns = g->now_ns += BLK_STOP_WAIT_NS;
     settle(s);
     ring_poll(s->ring, 64);
     settle(s);
@@ -553,7 +545,7 @@ static void a_lost_dirty_log_is_told(void **state)
     assert_int_equal(ftruncate(fd, 0), 0);
     submit(s, 0, VIRTIO_BLK_T_OUT, 0);
     settle(s);
-    while (core_next_event((core *)s->reactor, &event))
+    while (core_next_event(s->reactor->core, &event))
         told += event.type == CORE_EVENT_MEMORY_LOST;
     assert_int_equal(told, 1);
     close(fd);
