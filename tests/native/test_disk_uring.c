@@ -334,11 +334,44 @@ static void a_tag_can_be_watched_anew(void **state)
     }
 }
 
+static void count_read(struct disk_op *op, int64_t result)
+{
+    *(uint32_t *)op->owner += result == PAGE;
+}
+
+/* A device should not wait until the last one of many reads is taken. */
+static void reads_begin_while_more_are_taken(void **state)
+{
+    struct scene *s = *state;
+    uint8_t *to = s->buffer + PAGE;
+    struct iovec iov[32];
+    struct disk_op op[32];
+    uint32_t done = 0;
+
+    memset(s->buffer, 0x5a, PAGE);
+    assert_int_equal(transfer(s, DISK_WRITE, 0, s->buffer, PAGE), PAGE);
+    for (uint32_t i = 0; i < 32; i++) {
+        iov[i] = (struct iovec){.iov_base = to + i * PAGE, .iov_len = PAGE};
+        op[i] = (struct disk_op){.opcode = DISK_READ, .bytes = PAGE, .iov = &iov[i], .iov_count = 1,
+                                 .done = count_read, .owner = &done};
+        disk_submit(s->disk, &op[i]);
+    }
+    for (uint32_t i = 0; i < 5000 && __atomic_load_n(&to[PAGE - 1], __ATOMIC_ACQUIRE) == 0; i++)
+        usleep(1000); /* nobody asks for completions meanwhile */
+    assert_int_equal(to[0], 0x5a);
+    assert_int_equal(to[PAGE - 1], 0x5a);
+    while (done < 32)
+        disk_reap(s->disk, true);
+    for (uint32_t i = 0; i < 32; i++)
+        assert_memory_equal(to + i * PAGE, s->buffer, PAGE);
+}
+
 #define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        CASE(reads_begin_while_more_are_taken),
         CASE(what_is_written_is_read_back),
         CASE(a_transfer_that_stays_short_is_an_error),
         CASE(errors_are_told),
