@@ -306,15 +306,15 @@ static void check_segment(struct group *g, struct commit_piece *p, struct commit
 {
     struct commit *c = &g->journal.commit;
     const struct commit_source *from = &c->source[s->source];
-    uint8_t *to = p->from + (s->lsn - c->segment[p->first].lsn);
-    const uint8_t *at = arena_segment(&g->arena, from->segment);
+    uint8_t *to = p->to + (s->lsn - c->segment[p->first].lsn);
+    uint8_t *at = arena_segment(&g->arena, from->segment);
 
     if (s->condensed) {
         p->damaged |= !condense_copy(&c->condense, c, &g->arena, s, to);
     } else if (from->segment >= g->arena.segments) {
         if (copied(c, s))
             memcpy(to, at, s->bytes);
-        p->spill_lost |= !check_copy(s, to);
+        p->spill_lost |= !check_copy(s, copied(c, s) ? to : at);
     } else {
         p->damaged |= !check_source(&g->arena, from, s);
         if (copied(c, s))
@@ -362,12 +362,12 @@ static bool durable(const struct group *g)
     return g->config.journal_direct && g->config.journal_fua && small(&g->journal.commit);
 }
 
-static void write_part(struct commit_piece *p, uint32_t n, uint8_t *from, uint64_t lsn,
-                       uint64_t bytes)
+static void write_part(struct commit_piece *p, uint8_t *from, uint64_t lsn, uint64_t bytes)
 {
     struct group *g = p->group;
-    struct commit_write *w = &p->write[n];
+    struct commit_write *w = &p->write[p->writes++];
 
+    check(p->writes <= COMMIT_PIECE_WRITES);
     w->piece = p;
     w->iov = (struct iovec){.iov_base = from, .iov_len = bytes};
     w->op = (struct disk_op){.opcode = DISK_WRITE, .file = DISK_JOURNAL,
@@ -380,14 +380,37 @@ static void write_part(struct commit_piece *p, uint32_t n, uint8_t *from, uint64
 }
 
 /* Around the ring's end, too. */
-static void write_piece(struct commit_piece *p, uint8_t *from, uint64_t lsn, uint64_t bytes)
+static void write_run(struct commit_piece *p, uint8_t *from, uint64_t lsn, uint64_t bytes)
 {
     const struct journal *j = &p->group->journal;
     uint64_t to_end = j->ring_bytes - lsn % j->ring_bytes;
 
-    write_part(p, 0, from, lsn, bytes < to_end ? bytes : to_end);
+    write_part(p, from, lsn, bytes < to_end ? bytes : to_end);
     if (bytes > to_end)
-        write_part(p, 1, from + to_end, lsn + to_end, bytes - to_end);
+        write_part(p, from + to_end, lsn + to_end, bytes - to_end);
+}
+
+static uint8_t *source_at(struct commit_piece *p, const struct commit_segment *s)
+{
+    return arena_segment(&p->group->arena, p->group->journal.commit.source[s->source].segment);
+}
+
+/* Copies are one write; of the others those that lie together in the arena, too. */
+static void write_piece(struct commit_piece *p)
+{
+    const struct commit *c = &p->group->journal.commit;
+    const struct commit_segment *s = &c->segment[p->first], *end = &c->segment[p->end];
+    bool copies = copied(c, s);
+    uint64_t bytes;
+
+    for (const struct commit_segment *first = s; s < end; first = s) {
+        uint8_t *from = copies ? p->to : source_at(p, first);
+
+        for (bytes = page_round_up(s->bytes), s++;
+             s < end && (copies || source_at(p, s) == from + bytes); s++)
+            bytes += page_round_up(s->bytes);
+        write_run(p, from, first->lsn, bytes);
+    }
 }
 
 static void spill_fails_commit(struct group *g, int error)
@@ -404,7 +427,6 @@ static void piece_checked(struct job *job)
 {
     struct commit_piece *p = job->owner;
     struct commit *c = &p->group->journal.commit;
-    const struct commit_segment *first = &c->segment[p->first], *last = &c->segment[p->end - 1];
 
     if (p->spill_lost)
         spill_fails_commit(p->group, -EIO);
@@ -412,12 +434,12 @@ static void piece_checked(struct job *job)
         c->error = -EILSEQ;
     c->checked += p->end - p->first;
     if (!c->error && !small(c))
-        write_piece(p, p->from, first->lsn, last->lsn + page_round_up(last->bytes) - first->lsn);
+        write_piece(p);
     piece_over(p);
 }
 
-/* How many segments from `at` on are one piece: all of a small record; copied ones up to a
- * buffer; others that lie together in the arena. */
+/* How many segments from `at` on are one piece: all of a small record; else a buffer's worth, all
+ * copied or none. */
 static uint32_t run_length(const struct commit *c, uint32_t at)
 {
     const struct commit_segment *s = c->segment, *first = &s[at];
@@ -426,14 +448,10 @@ static uint32_t run_length(const struct commit *c, uint32_t at)
 
     if (small(c))
         return c->segments - at;
-    for (; at + n < c->segments && copied(c, &s[at + n]) == copies; n++) {
-        if (s[at + n].lsn + page_round_up(s[at + n].bytes) - first->lsn > JOURNAL_WRITE_MAX)
-            break;
-        if (!copies && (c->source[s[at + n].source].segment !=
-                            c->source[first->source].segment + n ||
-                        page_round_up(s[at + n - 1].bytes) != SEGMENT_BYTES))
-            break;
-    }
+    while (at + n < c->segments && copied(c, &s[at + n]) == copies &&
+           (copies || n < JOURNAL_WRITE_MAX / SEGMENT_BYTES) &&
+           s[at + n].lsn + page_round_up(s[at + n].bytes) - first->lsn <= JOURNAL_WRITE_MAX)
+        n++;
     return n;
 }
 
@@ -454,13 +472,9 @@ static void prepare_piece(struct group *g, struct commit_piece *p)
     p->first = c->taken;
     p->end = p->first + run_length(c, p->first);
     p->damaged = p->spill_lost = false;
+    p->writes = 0;
     p->job = (struct job){.run = check_piece, .done = piece_checked, .owner = p};
-    if (small(c))
-        p->from = c->header + (first->lsn - g->journal.tail_lsn);
-    else if (copied(c, first))
-        p->from = p->buffer;
-    else
-        p->from = arena_segment(&g->arena, c->source[first->source].segment);
+    p->to = small(c) ? c->header + (first->lsn - g->journal.tail_lsn) : p->buffer;
 }
 
 /* Few bytes are not worth a helper. */
@@ -504,7 +518,8 @@ static bool write_header(struct group *g)
     fill_header(g);
     crash_point("commit-before-header");
     c->busy++;
-    write_piece(&c->header_piece, c->header, j->tail_lsn, bytes);
+    c->header_piece.writes = 0;
+    write_run(&c->header_piece, c->header, j->tail_lsn, bytes);
     c->header_written = true;
     return true;
 }

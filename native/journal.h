@@ -52,6 +52,9 @@ struct journal_sync {
     struct journal_sync *next;     /* waits for its turn */
 };
 
+/* A segment each, where they lie apart, and one of them behind the ring's end. */
+#define COMMIT_PIECE_WRITES (JOURNAL_WRITE_MAX / SEGMENT_BYTES + 1)
+
 /* Neighbours in the record on their way: the helper checks them, and copies those that are not
  * written from where they lie; then they are written. */
 struct commit_piece {
@@ -59,7 +62,8 @@ struct commit_piece {
     struct group *group;
     uint32_t first, end;           /* segments of the record; end excluded */
     uint8_t *buffer;               /* its own, JOURNAL_WRITE_MAX */
-    uint8_t *from;                 /* what is written */
+    uint8_t *to;                   /* where copies go */
+    uint32_t writes;
     uint32_t busy;                 /* the job, or writes in flight; 0: free */
     bool damaged;                  /* a frame's checksum was wrong */
     bool spill_lost;               /* in the spill file */
@@ -67,7 +71,7 @@ struct commit_piece {
         struct disk_op op;
         struct iovec iov;
         struct commit_piece *piece;
-    } write[2];                    /* the second one behind the ring's end */
+    } write[COMMIT_PIECE_WRITES];
 };
 
 enum commit_phase {
