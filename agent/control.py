@@ -252,7 +252,8 @@ class Control:
                 if name not in ("queues", "size_bytes"):
                     sums[name] = sums.get(name, 0) + value
         packed = ("pack_bytes_in", "pack_bytes_out", "clusters", "pack_queue", "pack_level",
-                  "wanted_bytes", "expanded_bytes", "cluster_hits", "cluster_misses")
+                  "wanted_bytes", "expanded_bytes", "cluster_hits", "cluster_misses", "merges",
+                  "merged_blocks", "merge_bytes_in", "merge_bytes_out", "merge_queue")
         compression: dict[str, object] = {name: getattr(status, name) for name in packed}
         compression.update(
             dictionary=f"{status.dictionary:08x}" if status.dictionary else None,

@@ -142,6 +142,11 @@ class Status:
     cluster_misses: int
     pack_queue: int
     pack_level: int
+    merges: int
+    merged_blocks: int
+    merge_bytes_in: int
+    merge_bytes_out: int
+    merge_queue: int
     dictionary: int
     dictionary_bytes: int
     dictionaries: int

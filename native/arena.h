@@ -38,6 +38,9 @@ struct segment_use {
     uint32_t generation;    /* changes when the segment is taken; never 0 */
     uint32_t look_next;     /* of the segments that a writer wants looked at: see writer.h */
     bool worn;              /* it is on its epoch's worn list */
+    bool merged;            /* nothing can be done for it in that sweep ... */
+    uint32_t sweep;         /* ... of merge.h; 0: since it was packed there was none */
+    uint64_t first;         /* place of its first frame, if there was: they are in order */
 };
 
 struct arena {

@@ -139,6 +139,9 @@ typedef struct {
     uint64_t cluster_hits, cluster_misses; /* of those reads: expanded already, or not */
     uint32_t pack_queue;          /* segments that wait for the packer */
     int32_t pack_level;           /* zstd level that it used last */
+    uint64_t merges, merged_blocks; /* jobs that brought neighbours together; blocks of them */
+    uint64_t merge_bytes_in, merge_bytes_out; /* of frames: what these blocks took, and take */
+    uint32_t merge_queue;         /* segments of the sweep under way that wait for it */
     uint32_t dictionary;          /* id of the one that compresses; 0: none */
     uint32_t dictionary_bytes;
     uint32_t dictionaries;        /* loaded: that one, and older ones for what names them */

@@ -197,7 +197,7 @@ struct epoch *epoch_by_id(const struct group *g, uint64_t id)
 uint32_t epoch_segments(const struct epoch *e)
 {
     uint32_t segments = e->kept_list.count + e->worn_list.count + e->spill_list.count +
-                        e->spill_worn_list.count;
+                        e->spill_worn_list.count + merge_holds(e->group, e);
 
     for (uint32_t i = 0; i < e->group->writers; i++)
         segments += __atomic_load_n(&e->part[i].raw_list.count, __ATOMIC_RELAXED);

@@ -66,10 +66,22 @@ _Static_assert(sizeof(struct frame_header) % FRAME_ALIGN == 0, "a zero frame fil
 #define CLUSTER_BLOCKS 8u
 #define CLUSTER_BYTES (CLUSTER_BLOCKS * BLOCK_BYTES)
 
-/* The seqs of a cluster's blocks, `blocks` of them. Its own seq is the highest. */
+/* The seqs of a cluster's blocks, `blocks` of them. Its own seq is the highest. 0: the block is
+ * not there (a hole; its bytes are zero, which costs zstd next to nothing): random writes leave
+ * few neighbours without gaps. */
 static inline const uint64_t *cluster_seq(const struct frame_header *h)
 {
     return (const uint64_t *)(h + 1);
+}
+
+/* Those that are there, a bit each. */
+static inline uint8_t cluster_members(const struct frame_header *h)
+{
+    uint8_t bits = 0;
+
+    for (uint32_t i = 0; i < h->blocks; i++)
+        bits |= (uint8_t)((cluster_seq(h)[i] != 0) << i);
+    return bits;
 }
 
 static inline uint32_t frame_bytes(uint32_t payload_bytes)
@@ -81,7 +93,8 @@ static inline uint32_t frame_bytes(uint32_t payload_bytes)
 /* ---- Arena: one POSIX shared-memory object ------------------------------------------- */
 
 #define ARENA_MAGIC 0x414e455241435045ull /* "EPCARENA" */
-#define ARENA_VERSION 4u           /* 2: clusters; 3: spill file; 4: dictionaries, condensed */
+#define ARENA_VERSION 5u           /* 2: clusters; 3: spill file; 4: dictionaries, condensed;
+                                      5: holes */
 #ifndef SEGMENT_BYTES               /* the simulator has smaller ones, see tests/sim */
 #define SEGMENT_BYTES 262144u      /* one journal write; small, so that a small epoch that
                                       takes a whole segment wastes little */
@@ -168,7 +181,7 @@ _Static_assert(offsetof(struct spill_header, reserved) == 56, "no padding");
 
 #define JOURNAL_MAGIC 0x314c4e524a435045ull /* "EPCJRNL1" */
 #define RECORD_MAGIC 0x3144524352435045ull  /* "EPCRCRD1" */
-#define JOURNAL_VERSION 3u           /* 2: clusters; 3: dictionaries */
+#define JOURNAL_VERSION 4u           /* 2: clusters; 3: dictionaries; 4: holes in clusters */
 #define JOURNAL_LOG_OFFSET 1048576u  /* first byte of the ring */
 #define JOURNAL_SUPER_SLOTS 3u       /* written in turn: the last one may be torn, or only in a
                                         cache since a failed flush; the one before it is whole */

@@ -33,6 +33,7 @@ void group_close(struct group *g)
     }
     apply_free(g);
     pack_free(g);
+    merge_free(g);
     journal_free(&g->journal);
     for (uint32_t i = 0; i < g->writers; i++)
         writer_free(&g->writer[i]);

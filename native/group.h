@@ -21,6 +21,7 @@
 #include "epoch.h"
 #include "expand.h"
 #include "journal.h"
+#include "merge.h"
 #include "metrics.h"
 #include "pack.h"
 #include "spill.h"
@@ -40,6 +41,7 @@ struct group_stats {
     uint64_t compress_ns, commit_ns_last, seal_ns_last, apply_ns_last;
     uint64_t journal_bytes, image_bytes, spill_bytes;
     uint64_t clusters, pack_bytes_in, pack_bytes_out, dictionary_frames;
+    uint64_t merges, merged_blocks, merge_bytes_in, merge_bytes_out;
 };
 
 struct group {
@@ -67,6 +69,7 @@ struct group {
     struct journal journal;
     struct apply apply;
     struct pack pack;
+    struct merge merge;
     struct spill spill;
     struct checkpoint checkpoint;
     struct group_stats stats;

@@ -101,6 +101,7 @@ static void finish(struct group *g, struct pack *p, struct epoch *e)
         arena_segment_free(&g->arena, p->spare);
     p->phase = PACK_IDLE;
     pack_look(g);
+    merge_look(g);
     epoch_job_done(g, e);
 }
 
@@ -143,14 +144,15 @@ static void done(struct job *job)
     p->phase = PACK_ADOPT;
 }
 
-static void repoint(struct group *g, struct epoch *e, const struct pack_move *f)
+uint32_t pack_repoint(struct group *g, struct epoch *e, const struct pack_move *f)
 {
     struct segment_use *u = &g->arena.use[arena_loc_segment(f->new)];
+    uint32_t before = u->slots;
 
     if (f->range) {
         u->slots += ranges_repoint(&epoch_index(e, f->disk)->ranges, f->disk, f->block,
                                    f->block + f->blocks, f->old, f->new);
-        return;
+        return u->slots - before;
     }
     for (uint32_t i = 0; i < f->blocks; i++) {
         struct index_slot *s = index_find(epoch_index(e, f->disk), f->disk, f->block + i);
@@ -160,6 +162,7 @@ static void repoint(struct group *g, struct epoch *e, const struct pack_move *f)
             u->slots++;
         }
     }
+    return u->slots - before;
 }
 
 /* The source has no slots any more. */
@@ -199,7 +202,7 @@ static void adopt_piece(struct group *g, struct pack *p, struct epoch *e)
         for (uint32_t i = p->next; i < end; i++)
             index_prefetch(epoch_index(e, p->move[i].disk), p->move[i].disk, p->move[i].block);
         for (uint32_t i = p->next; i < end; i++)
-            repoint(g, e, &p->move[i]);
+            pack_repoint(g, e, &p->move[i]);
     }
     p->next = end;
     if (end == p->moves)
@@ -215,8 +218,7 @@ static void start_job(struct group *g, struct pack *p)
     p->phase = PACK_JOB;
 }
 
-/* Which blocks of the frame does the index still find in it? 0: it is dead. */
-static uint8_t alive(const struct epoch *e, const struct frame_header *h, arena_loc loc)
+uint8_t pack_alive_in(const struct epoch *e, const struct frame_header *h, arena_loc loc)
 {
     uint32_t blocks = h->kind == FRAME_CLUSTER ? h->blocks : 1;
     const struct index *x = epoch_index(e, h->disk);
@@ -255,7 +257,7 @@ static void gather_piece(struct group *g, struct pack *p, struct epoch *e)
         at = p->source_offset;
     }
     for (uint32_t i = 0; i < n; i++) {
-        piece[i].alive = alive(e, pack_frame(p, piece[i].loc), piece[i].loc);
+        piece[i].alive = pack_alive_in(e, pack_frame(p, piece[i].loc), piece[i].loc);
         if (piece[i].alive)
             p->frame[p->frames++] = piece[i];
         else
@@ -486,7 +488,7 @@ static bool choose(struct group *g, struct pack *p)
             chosen = e;
     }
     if (!chosen)
-        return false;
+        return merge_begin(g);
     p->look = true;
     if (g->arena.free_count == 0 || g->packer.outstanding == WORKER_RING)
         return false;
@@ -496,7 +498,11 @@ static bool choose(struct group *g, struct pack *p)
 
 uint64_t pack_timer(const struct group *g)
 {
-    return g->pack.phase == PACK_IDLE ? g->pack.check_ns : 0;
+    uint64_t pause = g->pack.phase == PACK_IDLE ? g->pack.check_ns : 0, merge = merge_timer(g);
+
+    if (merge <= g->now_ns) /* the next thing to happen lets it begin */
+        return pause;
+    return pause > 0 && pause < merge ? pause : merge;
 }
 
 bool pack_step(struct group *g)
@@ -507,7 +513,9 @@ bool pack_step(struct group *g)
         arena_segment_free(&g->arena, segment_list_pop(&g->arena, &p->dead_list));
     switch (p->phase) {
     case PACK_IDLE:
-        if (likely(!p->look) && (p->check_ns == 0 || g->now_ns < p->check_ns))
+        if (unlikely(g->merge.phase != MERGE_IDLE))
+            return merge_step(g);
+        if (likely(!p->look) && (p->check_ns == 0 || g->now_ns < p->check_ns) && !merge_due(g))
             return false;
         return choose(g, p);
     case PACK_READ:

@@ -108,6 +108,10 @@ struct pack {
                                    there is no spill file */
 };
 
+/* Which blocks of the frame does the index still find in it? 0: it is dead. */
+uint8_t pack_alive_in(const struct epoch *e, const struct frame_header *h, arena_loc loc);
+/* Lets the index find them in the new frame; returns how many slots and ranges that were. */
+uint32_t pack_repoint(struct group *g, struct epoch *e, const struct pack_move *f);
 /* A frame of the source, wherever that is looked at. */
 const struct frame_header *pack_frame(const struct pack *p, arena_loc loc);
 

@@ -214,6 +214,11 @@ static void query_status(struct core *c, core_status *out)
     }
     out->pack_queue = pack_queue(g);
     out->pack_level = g->pack.level;
+    out->merges = g->stats.merges;
+    out->merged_blocks = g->stats.merged_blocks;
+    out->merge_bytes_in = g->stats.merge_bytes_in;
+    out->merge_bytes_out = g->stats.merge_bytes_out;
+    out->merge_queue = g->merge.waiting;
     query_dictionaries(g, out);
     out->commit_ns_last = g->stats.commit_ns_last;
     out->seal_ns_last = g->stats.seal_ns_last;

@@ -763,7 +763,7 @@ int group_open(struct group *g, const core_config *config, struct disk *disk, ch
     g->worker.wake_fd = g->packer.wake_fd = -1; /* not started yet */
     r.buffer = aligned_alloc(PAGE, SCAN_BYTES);
     if (open_writers(g) || !r.buffer || journal_init(g) ||
-        apply_init(g) || pack_init(g))
+        apply_init(g) || pack_init(g) || merge_init(g))
         error = refuse(&r, -ENOMEM, "no memory to start");
     else
         error = load_dictionaries(g, config, text);

@@ -39,12 +39,17 @@ static bool add_frame(struct all_seen *all, const struct frame_header *h, arena_
 {
     uint32_t members = h->kind == FRAME_CLUSTER ? h->blocks : 1;
 
-    if (all->at && all->count + members > all->max)
-        return false;
-    for (uint32_t i = 0; all->at && i < members; i++)
-        all->at[all->count + i] = (struct seen){
-            .seq = h->kind == FRAME_CLUSTER ? cluster_seq(h)[i] : h->seq, .loc = loc, .member = i};
-    all->count += members;
+    for (uint32_t i = 0; i < members; i++) {
+        uint64_t seq = h->kind == FRAME_CLUSTER ? cluster_seq(h)[i] : h->seq;
+
+        if (seq == 0)
+            continue; /* a hole */
+        if (all->at && all->count == all->max)
+            return false;
+        if (all->at)
+            all->at[all->count] = (struct seen){.seq = seq, .loc = loc, .member = i};
+        all->count++;
+    }
     return true;
 }
 

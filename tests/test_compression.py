@@ -99,6 +99,38 @@ def test_random_writes_of_a_file_system_take_a_third(
     assert compression(agent)["ratio"] > 2.5
 
 
+def test_an_idle_guests_random_writes_are_merged(
+    epochd: StartDaemon, attach: Attach, file_system: list[bytes]
+) -> None:
+    """Neighbours meet that were written far apart; nobody can tell, over a kill and a commit."""
+    agent = start(epochd)
+    disk = attach(agent)
+    order = used(file_system)
+    random.Random(5).shuffle(order)
+    order = order[: len(order) * 3 // 4]  # the others are gaps
+    write_blocks(disk, order, file_system)
+    agent.control.seal()
+    until("all of it to be packed", lambda: packed(agent, len(order)))
+    until("neighbours to be merged", lambda: compression(agent)["merged-blocks"] > len(order) // 2)
+    stats = compression(agent)
+    assert stats["merges"] > 0
+    assert stats["merge-bytes-out"] < stats["merge-bytes-in"]
+    check_blocks(disk, order[:300], file_system)
+    disk.close()
+    agent.restart("kill")
+    disk = attach(agent)
+    before = compression(agent)
+    check_blocks(disk, order[:300], file_system)
+    after = compression(agent)
+    wanted = after["wanted-bytes"] - before["wanted-bytes"]
+    assert wanted > 0
+    assert after["expanded-bytes"] - before["expanded-bytes"] <= wanted * CLUSTER_BLOCKS
+    agent.control.commit()
+    agent.control.wait_applied()
+    image = agent.image_bytes()
+    assert all(image[n * BLOCK : (n + 1) * BLOCK] == file_system[n] for n in order)
+
+
 def test_a_pause_packs_the_open_epoch(
     epochd: StartDaemon, attach: Attach, file_system: list[bytes]
 ) -> None:

@@ -34,6 +34,7 @@ def test_no_crash_leaves_a_mix_of_epochs() -> None:
     assert explored, result.stdout
     assert int(explored[1]) >= int(states)
     assert re.search(r"\b[1-9]\d* clusters\b", result.stdout), result.stdout
+    assert re.search(r"\b[1-9]\d* merges\b", result.stdout), result.stdout
     assert re.search(r"\b[1-9]\d* with dictionary\b", result.stdout), result.stdout
     assert re.search(r"\b[1-9]\d* spilled pages\b", result.stdout), result.stdout
 

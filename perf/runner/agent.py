@@ -95,6 +95,10 @@ class Agent(Server):
         answer: dict[str, Any] = self.qmp.execute("query-stats")["group"]
         return answer
 
+    def compression(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self.qmp.execute("query-stats")["compression"]
+        return answer
+
     def held(self) -> int:
         """Writes that had to wait for room in the arena, since the start."""
         return int(self.qmp.execute("query-stats")["disks"]["held"])

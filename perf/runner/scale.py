@@ -19,6 +19,8 @@ from .stats import quantile
 
 TIB = 1 << 40
 SETTLE_SECONDS = 60.0
+QUIET_SECONDS = 1.0
+COMPRESSION = ("ratio", "pack-ns", "clusters", "merges", "merged-blocks", "dictionary")
 WAKES = 1000
 
 
@@ -44,6 +46,7 @@ def arena_ratio(context: Context) -> None:
             **blocks_of(data.path, data.size),
         )
         status = settle(agent)
+        compression = agent.compression()
         memory = status["arena"]["used"] + status["index-bytes"]
         sample = Sample(
             status["logical-bytes"] / memory,
@@ -52,7 +55,7 @@ def arena_ratio(context: Context) -> None:
                 "arena_bytes": status["arena"]["used"],
                 "frame_bytes": status["stored-bytes"],
                 "index_bytes": status["index-bytes"],
-                "compress_ns": agent.group_stats()["compress-ns"],
+                **{name: compression[name] for name in COMPRESSION},
             },
         )
         agent.discard()
@@ -62,17 +65,15 @@ def arena_ratio(context: Context) -> None:
 
 
 def settle(agent: Agent) -> dict[str, Any]:
-    """Wait until the arena's contents have not changed for half a second; returns the status."""
+    """Wait until the packer has had nothing to do for a second; returns the status."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    last, since = agent.status(), time.monotonic()
-    while time.monotonic() < deadline:
+    last, since = agent.compression(), time.monotonic()
+    while time.monotonic() < deadline and time.monotonic() - since < QUIET_SECONDS:
         time.sleep(0.05)
-        now = agent.status()
-        if (now["stored-bytes"], now["arena"]) != (last["stored-bytes"], last["arena"]):
+        now = agent.compression()
+        if now != last or now["pack-queue"] > 0 or now["merge-queue"] > 0:
             last, since = now, time.monotonic()
-        elif time.monotonic() - since > 0.5:
-            break
-    return last
+    return agent.status()
 
 
 def _write_cost(context: Context, agent: Agent, ios: int, region: int) -> Sample:

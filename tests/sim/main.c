@@ -91,12 +91,12 @@ int main(int argc, char **argv)
         runs++;
     }
     printf("runs=%llu states=%llu power_cuts=%llu kills=%llu arena_removed=%llu nested=%llu "
-           "points=%llu faults=%llu commits=%llu clusters=%llu spilled_pages=%llu with_dictionary=%llu failures=%d\n",
+           "points=%llu faults=%llu commits=%llu clusters=%llu spilled_pages=%llu with_dictionary=%llu merges=%llu failures=%d\n",
            (ull)runs, (ull)s->states, (ull)s->kinds[CRASH_HOST],
            (ull)(s->kinds[CRASH_AGENT] + s->kinds[CRASH_AGENT_EARLY]),
            (ull)s->kinds[CRASH_AGENT_NO_ARENA], (ull)s->nested, (ull)s->points, (ull)s->faults,
            (ull)s->commits, (ull)s->clusters, (ull)s->spilled,
-           (ull)s->with_dictionary, s->failed);
+           (ull)s->with_dictionary, (ull)s->merges, s->failed);
     fflush(stdout);
     if (!s->failed) {
         sim_free(s);

@@ -587,6 +587,7 @@ void world_close(struct world *w)
     }
     if (w->up) {
         w->sim->clusters += w->group.stats.clusters;
+        w->sim->merges += w->group.stats.merges;
         w->sim->with_dictionary += w->group.stats.dictionary_frames;
         w->sim->spilled += w->group.stats.spill_bytes / PAGE;
         w->disk.mapped = NULL;

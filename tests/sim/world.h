@@ -54,7 +54,7 @@ struct sim {
     uint32_t samples;
     uint64_t states, states_max; /* recovered and checked */
     uint64_t kinds[CRASH_KINDS];
-    uint64_t nested, points, faults, commits, clusters, spilled, with_dictionary;
+    uint64_t nested, points, faults, commits, clusters, spilled, with_dictionary, merges;
     uint64_t deadline;           /* states at which this run's crashes stop being looked at */
     bool failed;
     uint32_t failed_depth;
