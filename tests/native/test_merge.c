@@ -191,7 +191,7 @@ static void everybody_else_comes_first(void **state)
     struct dice d = dice_new(__func__);
     uint32_t met[MERGE_ADOPT + 1] = {0};
 
-    for (uint32_t turn = 0; turn < 14; turn++) {
+    for (uint32_t turn = 0; turn < 6; turn++) {
         struct group *g = b->group;
 
         for (uint32_t i = 0; i < BLOCKS / 2; i++) {
@@ -212,7 +212,7 @@ static void everybody_else_comes_first(void **state)
             bench_verb(b, VERB_SEAL);
             assert_int_equal(bench_verb(b, VERB_COMMIT)->result, 0);
             assert_int_equal(g->merge.phase > MERGE_CHOOSE && g->merge.epoch->frozen, 0);
-        } else if (turn % 7 == 1) {
+        } else if (turn % 3 == 1) {
             bench_kill(b);
             assert_int_equal(bench_open(b), 0);
         }
