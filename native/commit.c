@@ -271,8 +271,8 @@ static bool check_source(struct arena *a, const struct commit_source *from,
 
     s->crc = 0;
     while ((h = arena_frame_next(a, from->segment, s->bytes, &offset))) {
-        if (h->crc == 0)
-            h->crc = frame_crc(h);
+        if (h->crc == 0) /* the packer may be reading it */
+            __atomic_store_n(&h->crc, frame_crc(h), __ATOMIC_RELAXED);
         else if (from->verify && h->crc != frame_crc(h))
             return false;
         s->crc = checksum_crc32c(s->crc, h, sizeof(*h));

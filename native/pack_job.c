@@ -15,6 +15,17 @@ static bool fits(const struct pack *p, const struct arena_cursor *at, uint32_t p
     return p->spare_used || arena_fits(at, payload);
 }
 
+/* A commit may have the other helper complete the source's checksums meanwhile. */
+static struct frame_header header_of(const struct frame_header *h)
+{
+    struct frame_header to;
+
+    memcpy((uint8_t *)&to + sizeof(to.crc), (const uint8_t *)h + sizeof(h->crc),
+           sizeof(to) - sizeof(to.crc));
+    to.crc = __atomic_load_n(&h->crc, __ATOMIC_RELAXED);
+    return to;
+}
+
 /* Appends a frame with this header; seq: of a cluster's members, else NULL. */
 static arena_loc store(struct pack *p, struct arena_cursor *at, const struct frame_header *h,
                        const uint64_t *seq, const void *payload)
@@ -28,7 +39,7 @@ static arena_loc store(struct pack *p, struct arena_cursor *at, const struct fra
         *at = (struct arena_cursor){.segment = p->spare};
     }
     to = arena_frame_begin(&p->group->arena, at);
-    *to = *h;
+    *to = header_of(h);
     if (seq)
         memcpy(to + 1, seq, seqs);
     memcpy((uint8_t *)(to + 1) + seqs, payload, h->payload_bytes - seqs);
@@ -86,7 +97,7 @@ static uint32_t worth(uint32_t bytes)
 static void pack_one(struct pack *p, struct worker *w, struct arena_cursor *at,
                      const struct frame_header *h)
 {
-    struct frame_header to = *h;
+    struct frame_header to = header_of(h);
     uint32_t bytes = squeeze(w, h + 1, h->payload_bytes, p->squeezed, worth(h->payload_bytes));
 
     if (!bytes) {

@@ -7,6 +7,7 @@ driven from threads, so that rounds of the reactors meet each other and the grou
 from __future__ import annotations
 
 import random
+import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import Attach, StartDaemon
 from frontend import Disk, Layout, Status, Type
+from fuzz.run import sanitized_daemon
 from harness import Daemon, DiskSpec, until
 
 BLOCK = 4096
@@ -96,9 +98,9 @@ def test_each_disk_is_served_and_the_group_is_one(two: Daemon, attach: Attach) -
     assert all(info["stats"]["errors"] == 0 for info in two.control.disks())
 
 
-def test_writes_on_all_disks_while_epochs_are_sealed_committed_and_discarded(
-    two: Daemon, attach: Attach
-) -> None:
+def storm(two: Daemon, attach: Attach, turns: int) -> list[Disk]:
+    """Writes, discards and reads on all disks while epochs are sealed, committed and discarded;
+    at the end the images are what is read."""
     disks = [attach(two, disk=i) for i in range(3)]
     stop = threading.Event()
     ended: list[int] = []
@@ -123,7 +125,7 @@ def test_writes_on_all_disks_while_epochs_are_sealed_committed_and_discarded(
     def verbs() -> None:
         chance = random.Random(5)
         try:
-            for _ in range(60):
+            for _ in range(turns):
                 what = chance.randrange(10)
                 if what < 5:
                     two.control.seal()
@@ -147,6 +149,26 @@ def test_writes_on_all_disks_while_epochs_are_sealed_committed_and_discarded(
             at = sector * 512
             assert disk.read(sector, 128) == image[at : at + 16 * BLOCK]
     assert two.complaints() == []
+    return disks
+
+
+def test_writes_on_all_disks_while_epochs_are_sealed_committed_and_discarded(
+    two: Daemon, attach: Attach
+) -> None:
+    storm(two, attach, 60)
+
+
+@pytest.mark.timeout(300)
+def test_thread_sanitizer_finds_nothing_in_that(epochd: StartDaemon, attach: Attach) -> None:
+    program = shlex.split(sanitized_daemon("thread"))
+    daemon = epochd(*DISKS, options=["--reactors", "2"], program=program)
+    disks = storm(daemon, attach, 25)
+    daemon.control.execute("promote")
+    for disk in disks:
+        disk.write(0, number(1))
+        disk.flush()
+    daemon.stop("quit")
+    assert daemon.complaints() == []
 
 
 def _segment(chance: random.Random) -> bytes:

@@ -175,6 +175,7 @@ class Campaign:
         self.seed = seed
         self.random = random.Random(seed)
         self.points = POINTS if command else {}
+        self._reactors = itertools.cycle(self.random.sample((1, 1, 2, 2, 2), 5))
         specs = [DiskSpec(f"disk{i}", DISK_BYTES) for i in range(DISKS)]
         options = ["--journal-size", "48M"]
         self.daemon = Daemon(folder, specs, arena=ARENA, options=options, program=command)
@@ -308,12 +309,17 @@ class Campaign:
                 raise
             raise Gone from None
 
+    def _next_reactors(self) -> None:
+        """Each agent may serve the disks with another number of threads than the one before."""
+        self.daemon.options = ["--journal-size", "48M", "--reactors", str(next(self._reactors))]
+
     def _come_back(self) -> None:
         """The next agent on the same arena: everything is as it was. It may die over the
         requests that it finds, or in its start; then there is another."""
         waiting = len(self.pending)
         while True:
             self._arm(next(self._due))
+            self._next_reactors()
             try:
                 self._start()
                 for disk in self.disks:

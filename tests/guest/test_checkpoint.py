@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import StartDaemon
+from harness import DiskSpec
 
 from .conftest import StartMachine
 from .counter import Counter
@@ -79,3 +80,34 @@ def test_after_promotion_a_flush_survives_the_loss_of_the_host(
     vm = machine(daemon).start()
     assert vm.run(read.format(0)) == "committed"
     assert vm.run(read.format(1)) == "flushed"
+
+
+def test_two_disks_with_a_reactor_each_are_one_checkpoint(
+    epochd: StartDaemon, machine: StartMachine
+) -> None:
+    """Both count; the guest's memory and both disks are put back to one moment."""
+    disks = [DiskSpec(f"disk{i}", size=128 << 20) for i in range(2)]
+    daemon = epochd(*disks, arena="128M", options=["--reactors", "2"])
+    assert daemon.control.status()["reactors"] == 2
+    vm = machine(daemon).start()
+    counters = [Counter(f"/dev/vd{'ab'[i]}", name=f"count{i}", pause_us=0) for i in range(2)]
+    for counter in counters:
+        counter.start(vm)
+    for counter in counters:
+        counter.advance(vm, 50)
+    vm.stop()
+    vm.save(daemon.folder / "state")
+    daemon.control.checkpoint()
+    vm.cont()
+    for counter in counters:
+        counter.advance(vm, 50)
+    vm.kill()
+    daemon.control.discard()
+    vm = machine(daemon).restore(daemon.folder / "state")
+    for counter in counters:
+        counter.must_agree(vm)
+        counter.advance(vm, 20)
+    daemon.restart("kill")
+    for counter in counters:
+        counter.advance(vm, 20)
+        counter.must_agree(vm)
