@@ -414,7 +414,8 @@ static bool step(struct reactor *r)
 {
     bool moved = take_commands(r);
 
-    moved |= poll_rings(r);
+    if (likely(!moved)) /* a verb has waited for a round already */
+        moved = poll_rings(r);
     moved |= disk_reap(r->disk, false) > 0;
     moved |= step_group(r, r->leads && group_due(r));
     for (uint32_t d = r->number; d < r->group->config.disks; d = next_disk(r, d))
