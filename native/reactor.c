@@ -111,11 +111,10 @@ static void open_gate(struct reactor *r)
 static bool group_due(const struct reactor *r)
 {
     const struct group *g = r->group;
-    uint64_t timer = group_timer(g);
 
     return r->again || __atomic_load_n(&g->asked, __ATOMIC_SEQ_CST) || worker_ready(&g->worker) ||
            worker_ready(&g->packer) || disk_uring_ready(r->uring) ||
-           (timer && r->now_ns >= timer) || r->now_ns >= r->look_ns;
+           (r->timer && r->now_ns >= r->timer) || r->now_ns >= r->look_ns;
 }
 
 /* One step, then requests again: none waits for long. */
@@ -132,6 +131,7 @@ static bool step_group(struct reactor *r, bool due)
     r->again |= group_step(g);
     if (__atomic_load_n(&r->core->picture, __ATOMIC_RELAXED))
         metrics_publish(r->core);
+    r->timer = group_timer(g);
     open_gate(r);
     r->look_ns = r->now_ns + LOOK_NS;
     return r->again;
@@ -444,7 +444,7 @@ static bool want_kicks(struct reactor *r, bool want)
 
 static uint64_t sleep_timer(const struct reactor *r)
 {
-    uint64_t timer = r->follows ? 0 : group_timer(r->group);
+    uint64_t timer = r->follows ? 0 : r->leads ? r->timer : group_timer(r->group);
 
     for (uint32_t d = r->number; d < r->group->config.disks; d = next_disk(r, d)) {
         uint64_t at = blk_timer(&r->core->blk[d]);

@@ -103,7 +103,8 @@ struct reactor {
     bool slept;                   /* kicks were wanted */
     bool unseen;                  /* it has done something since the last picture */
     bool again;                   /* the leader's: group_step() has more to do */
-    uint64_t look_ns;             /* the leader's: when to look after the group anyway */
+    uint64_t look_ns;             /* the leader's: when to look after the group anyway ... */
+    uint64_t timer;               /* ... and group_timer(), as of its last look */
     uint32_t asleep;              /* atomic; set within a round */
     int wake_fd;                  /* other threads -> reactor */
     pthread_mutex_t command_lock;
