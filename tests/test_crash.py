@@ -17,8 +17,9 @@ from conftest import Attach, StartDaemon, running
 from crash import build
 from crash.campaign import Campaign
 from crash.guest import GuestCampaign
-from crash.points import POINTS, SPILL_POINTS
-from frontend import INDIRECT, GuestMemory, RegionSpec, Status, Type
+from crash.points import MERGE_POINTS, POINTS, SPILL_POINTS
+from frontend import INDIRECT, Disk, GuestMemory, RegionSpec, Status, Type
+from harness import DiskSpec, until
 
 KILLS = int(os.environ.get("EPOCHD_TEST_KILLS", "40"))
 GUEST_KILLS = int(os.environ.get("EPOCHD_TEST_GUEST_KILLS", "5"))
@@ -87,8 +88,64 @@ def test_nothing_is_lost_when_the_agent_dies_over_a_move_to_the_spill_file(
     assert daemon.image_bytes()[:size] == data
 
 
+@pytest.mark.parametrize("point", MERGE_POINTS)
+def test_nothing_is_lost_when_the_agent_dies_over_a_merge(
+    epochd: StartDaemon, attach: Attach, point: str
+) -> None:
+    """Of two disks with a reactor each, whose blocks the packer sorts together."""
+    dice = random.Random(point)
+    words = [dice.randbytes(64) for _ in range(200)]
+    blocks = [[b"".join(dice.choices(words, k=64)) for _ in range(1024)] for _ in range(2)]
+    daemon = epochd(
+        *[DiskSpec(name=name, size=4 << 20) for name in ("a", "b")],
+        start=False,
+        arena="32M",
+        options=["--reactors", "2"],
+        program=build.command(),
+    )
+    daemon.environment = {"EPOCHD_CRASH_POINT": f"{point}:{dice.randint(1, MERGE_POINTS[point])}"}
+    daemon.start()
+    disks = [attach(daemon, disk=number, inflight=True) for number in range(2)]
+
+    def write(disk: Disk, data: list[bytes]) -> None:
+        order = list(range(1024))
+        dice.shuffle(order)
+        for start in range(0, 1024, 64):
+            disk.wait(
+                *[
+                    disk.submit(Type.OUT, 8 * at, data[at], layout=INDIRECT)
+                    for at in order[start : start + 64]
+                ]
+            )
+
+    def check() -> None:
+        for disk, data in zip(disks, blocks, strict=True):
+            read = [disk.read(8 * at, 8, layout=INDIRECT) for at in range(1024)]
+            assert read == data
+
+    for disk, data in zip(disks, blocks, strict=True):
+        write(disk, data)
+    assert daemon.wait_exit() == -signal.SIGKILL
+    daemon.environment = {}
+    daemon.start()
+    for disk in disks:
+        disk.reconnect()
+    check()
+
+    def merged() -> int:
+        stats = daemon.control.execute("query-stats")["compression"]
+        return int(stats["merged-blocks"])
+
+    until("the next one to go on with it", lambda: merged() > 512)
+    check()
+    daemon.control.checkpoint()
+    daemon.control.wait_applied()
+    for number, data in enumerate(blocks):
+        assert daemon.image_bytes(number) == b"".join(data)
+
+
 def test_every_point_is_in_the_core() -> None:
-    points = POINTS | SPILL_POINTS
+    points = POINTS | SPILL_POINTS | MERGE_POINTS
     text = "".join(path.read_text() for path in SOURCES.glob("*.c"))
     assert {name for name in points if f'crash_point("{name}")' not in text} == set()
     assert text.count('crash_point("') == len(points)

@@ -46,3 +46,9 @@ SPILL_POINTS: dict[str, int] = {
     "spill-before-index": 30,
     "spill-before-free": 30,
 }
+
+MERGE_POINTS: dict[str, int] = {
+    # Neighbours that were written far apart become clusters: only when the guest is idle.
+    "merge-before-index": 2,
+    "merge-before-free": 2,
+}
