@@ -65,7 +65,8 @@ uint64_t merge_timer(const struct group *g)
 {
     const struct merge *m = &g->merge;
 
-    if (likely(!m->look) || m->phase != MERGE_IDLE || m->quiet_ns == 0)
+    if (likely(!m->look) || m->phase != MERGE_IDLE || m->quiet_ns == 0 ||
+        g->config.compress_level == 0)
         return 0;
     return m->quiet_ns +
            (group_pressure_percent(g) >= TIGHT_PERCENT ? PACK_IDLE_NS : MERGE_IDLE_NS);
