@@ -43,7 +43,8 @@ const struct frame_header *frame_get(struct expander *x, const struct arena *a, 
 
 static bool unzstd(struct expander *x, const void *from, uint32_t bytes, uint8_t *to, uint32_t want)
 {
-    uint32_t id = x->dictionaries->count > 0 ? ZSTD_getDictID_fromFrame(from, bytes) : 0;
+    bool any = __atomic_load_n(&x->dictionaries->count, __ATOMIC_ACQUIRE) > 0;
+    uint32_t id = any ? ZSTD_getDictID_fromFrame(from, bytes) : 0;
     const struct dictionary *d = id ? dictionary_by_id(x->dictionaries, id) : NULL;
 
     x->expanded_bytes += want;

@@ -1,4 +1,4 @@
-"""The agent under measurement: one epochd with one disk, and its control verbs.
+"""The agent under measurement: one epochd with one disk or several, and its control verbs.
 
 EPOCHD_COMMAND replaces the command, words as in a shell; default: the one beside this
 interpreter. What it leaves in shared memory is removed at the end.
@@ -6,6 +6,7 @@ interpreter. What it leaves in shared memory is removed at the end.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -41,7 +42,8 @@ def memory_room(size: int) -> None:
 
 
 class Agent(Server):
-    """Start with start(). `level` is the compression level, 0 for raw ingest."""
+    """Start with start(). `level` is the compression level, 0 for raw ingest. Each image of
+    `more` is a disk of its own; `disks` are their sockets, `socket` the first."""
 
     def __init__(
         self,
@@ -51,13 +53,18 @@ class Agent(Server):
         arena: int,
         level: int = 1,
         cpus: Sequence[int] | None = None,
+        more: Sequence[Path] = (),
+        reactors: int = 1,
     ) -> None:
         super().__init__("epochd", folder)
         self.image = image
         self.arena = arena
         self.level = level
         self._wanted_cpus = cpus
-        self.socket = self.sockets / "disk"
+        self.images = [image, *more]
+        self.reactors = reactors
+        self.disks = [self.sockets / f"disk{number or ''}" for number in range(len(self.images))]
+        self.socket = self.disks[0]
         self.control_path = self.sockets / "control"
         self._qmp: Qmp | None = None
         self._arena_name = ""
@@ -66,11 +73,19 @@ class Agent(Server):
         """Start and return once the sockets answer."""
         if not self._arena_name:
             memory_room(self.arena)
-        arguments = ["--blk-file", str(self.image), "--socket-path", str(self.socket)]
+        config = self.folder / "epochd.toml"
+        config.write_text(
+            "".join(
+                f"[[disk]]\nname = {json.dumps(f'disk{number}')}\n"
+                f"image = {json.dumps(str(image))}\nsocket = {json.dumps(str(socket))}\n"
+                for number, (image, socket) in enumerate(zip(self.images, self.disks, strict=True))
+            )
+        )
+        arguments = ["--config", str(config), "--reactors", str(self.reactors)]
         arguments += ["--control", str(self.control_path), "--state-dir", str(self.folder)]
         arguments += ["--arena-size", str(self.arena), "--compress-level", str(self.level)]
         self.spawn([*command(), *arguments], self._wanted_cpus)
-        self.await_sockets(self.control_path, self.socket)
+        self.await_sockets(self.control_path, *self.disks)
         self._arena_name = self.status()["arena"]["name"].removeprefix("/")
         return self
 

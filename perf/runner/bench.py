@@ -91,7 +91,15 @@ class Context:
         return path
 
     def agent(
-        self, image: Path, *, arena: int, level: int = 1, pinned: bool = True, folder: str = ""
+        self,
+        image: Path,
+        *,
+        arena: int,
+        level: int = 1,
+        pinned: bool = True,
+        folder: str = "",
+        more: Sequence[Path] = (),
+        reactors: int = 1,
     ) -> Agent:
         """A running agent. `pinned`: on the agent's CPU; otherwise wherever there is room, for
         what needs its helper thread too."""
@@ -99,8 +107,10 @@ class Context:
         home = self.folder / folder
         home.mkdir(exist_ok=True)
         cpus = self.options.agent_cpus if pinned else None
-        agent = self.serving(Agent(home, image, arena=arena, level=level, cpus=cpus))
-        return agent.start()
+        agent = Agent(
+            home, image, arena=arena, level=level, cpus=cpus, more=more, reactors=reactors
+        )
+        return self.serving(agent).start()
 
     def serving(self, server: S) -> S:
         """End this server with the benchmark."""

@@ -75,7 +75,8 @@ def blocks_of(image: Path, size: int) -> dict[str, object]:
 
 class Load:
     """A run in the background. `arguments` are options of perf/blkload without the dashes,
-    True for a flag: Load(server, socket, cpus, rw="randwrite", ios=1000)."""
+    True for a flag, a list for one that comes several times:
+    Load(server, socket, cpus, rw="randwrite", ios=1000)."""
 
     def __init__(
         self,
@@ -99,6 +100,8 @@ class Load:
         for key, value in arguments.items():
             if value is True:
                 words.append(f"--{key.replace('_', '-')}")
+            elif isinstance(value, list):
+                words += [f"--{key.replace('_', '-')}={one}" for one in value]
             elif value is not None and value is not False:
                 words += [f"--{key.replace('_', '-')}", str(value)]
         self.words = words

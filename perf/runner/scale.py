@@ -11,7 +11,7 @@ from typing import Any
 from . import fio, show
 from .agent import Agent
 from .bench import GIB, KIB, MIB, Bench, Context, not_held, of_load
-from .failures import FailedError
+from .failures import FailedError, MissingError
 from .load import blocks_of
 from .process import Server
 from .result import Sample, Target
@@ -238,6 +238,47 @@ def wake(context: Context) -> None:
             context.row.figures[f"{side}_cpu_percent"] = round(quantile(percent, 0.5), 2)
 
 
+def reactors(context: Context) -> None:
+    """Random writes to two disks at once, a reactor for each, against one for both."""
+    cpus = context.options.agent_cpus
+    if cpus is not None and len(cpus) < 2:
+        raise MissingError(
+            "two reactors want a CPU each, and the load another: see --agent-cpus and --load-cpus"
+        )
+    arena = context.size("arena", 5 * GIB, 2 * GIB)
+    ios = context.size("ios", 1_000_000, 300_000)
+
+    def started(count: int) -> Agent:
+        folder = f"reactors-{count}"
+        images = [context.sparse(f"{folder}.{number}.img", GIB) for number in range(2)]
+        return context.agent(
+            images[0], more=images[1:], arena=arena, level=0, reactors=count, folder=folder
+        )
+
+    two, one = started(2), started(1)
+    context.trust(two)
+
+    def sample(agent: Agent) -> Sample:
+        before = agent.held()
+        result = context.load(
+            agent,
+            agent.socket,
+            rw="randwrite",
+            bs="4k",
+            iodepth=32,
+            bytes=ios * 4 * KIB,
+            size=GIB,
+            socket=agent.disks[1:],
+        )
+        not_held(agent, before)
+        agent.discard()
+        return of_load(result, result.iops)
+
+    for agent in (two, one):
+        sample(agent)
+    context.pairs(lambda: sample(two), lambda: sample(one), show.rate)
+
+
 def benches() -> list[Bench]:
     """In the order of the table."""
     cost = Target("ratio", "at most", 1.2)
@@ -289,5 +330,13 @@ def benches() -> list[Bench]:
             ("null", "image", "spdk"),
             Target("ratio", "at most", 1.0),
             wake,
+        ),
+        Bench(
+            "reactors",
+            "4 KiB random write, two disks, --reactors 2 to 1",
+            "IOPS",
+            ("self",),
+            None,
+            reactors,
         ),
     ]
