@@ -73,21 +73,29 @@ class Agent(Server):
         """Start and return once the sockets answer."""
         if not self._arena_name:
             memory_room(self.arena)
-        config = self.folder / "epochd.toml"
-        config.write_text(
-            "".join(
-                f"[[disk]]\nname = {json.dumps(f'disk{number}')}\n"
-                f"image = {json.dumps(str(image))}\nsocket = {json.dumps(str(socket))}\n"
-                for number, (image, socket) in enumerate(zip(self.images, self.disks, strict=True))
-            )
-        )
-        arguments = ["--config", str(config), "--reactors", str(self.reactors)]
+        arguments = ["--reactors", str(self.reactors)]
+        if len(self.images) == 1:
+            arguments += ["--blk-file", str(self.images[0]), "--socket-path", str(self.socket)]
+        else:
+            arguments += ["--config", str(self._config())]
         arguments += ["--control", str(self.control_path), "--state-dir", str(self.folder)]
         arguments += ["--arena-size", str(self.arena), "--compress-level", str(self.level)]
         self.spawn([*command(), *arguments], self._wanted_cpus)
         self.await_sockets(self.control_path, *self.disks)
         self._arena_name = self.status()["arena"]["name"].removeprefix("/")
         return self
+
+    def _config(self) -> Path:
+        """A configuration file that names the disks."""
+        path = self.folder / "epochd.toml"
+        path.write_text(
+            "".join(
+                f"[[disk]]\nname = {json.dumps(f'disk{number}')}\n"
+                f"image = {json.dumps(str(image))}\nsocket = {json.dumps(str(socket))}\n"
+                for number, (image, socket) in enumerate(zip(self.images, self.disks, strict=True))
+            )
+        )
+        return path
 
     @property
     def qmp(self) -> Qmp:
