@@ -6,8 +6,10 @@ driven from threads, so that rounds of the reactors meet each other and the grou
 
 from __future__ import annotations
 
+import os
 import random
 import shlex
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import Attach, StartDaemon
-from frontend import Disk, Layout, Status, Type
+from frontend import Disk, Layout, RegionSpec, Status, Type
 from fuzz.run import sanitized_daemon
 from harness import Daemon, DiskSpec, until
 
@@ -298,6 +300,53 @@ def test_a_front_end_may_go_while_the_other_reactor_is_busy(two: Daemon, attach:
     together(write, come_and_go)
     for k in range(max(1, written - 90), written + 1):
         assert value_of(busy.read(8 * (k % 100), 8)) == k
+
+
+def test_memory_that_vanishes_under_one_reactor_is_no_affair_of_the_other(
+    two: Daemon, attach: Attach
+) -> None:
+    """Who copies from memory behind the end of its file gets SIGBUS; the other reactor's writes
+    meanwhile are whole, and are not taken for failed."""
+    busy = attach(two, disk=0)
+    stop = threading.Event()
+    written = 0
+
+    def write() -> None:
+        nonlocal written
+        while not stop.is_set():
+            requests = []
+            for _ in range(32):
+                written += 1
+                data = number(written)
+                requests.append(
+                    busy.submit(Type.OUT, 8 * (written % 500), data, layout=INDIRECT)
+                )
+            busy.wait(*requests)
+            assert {request.status for request in requests} == {Status.OK}
+
+    def lose_memory() -> None:
+        try:
+            for _ in range(10):
+                lost = attach(two, disk=1, start=False)
+                region = lost.memory.add(RegionSpec(0x2_0000_0000, 4 << 20, 0x7F60_0000_0000))
+                lost.start(1, 128)
+                header, status = lost.memory.alloc(16), lost.memory.alloc(1)
+                lost.memory.write(header, struct.pack("<IIQ", Type.OUT, 0, 0))
+                queue = lost.queues[0]
+                queue.write_desc(0, header, 16, 1, 1)
+                queue.write_desc(1, region.guest, 1 << 20, 1, 2)
+                queue.write_desc(2, status, 1, 2, 0)
+                os.ftruncate(region.fd, 0)
+                queue.push_raw(0)
+                lost.channel.wait_hang_up()
+                lost.close()
+        finally:
+            stop.set()
+
+    together(write, lose_memory)
+    for k in range(max(1, written - 480), written + 1):
+        assert value_of(busy.read(8 * (k % 500), 8)) == k
+    assert two.control.disks()[0]["stats"]["errors"] == 0
 
 
 def test_a_full_arena_holds_both_reactors_and_lets_both_go_on(

@@ -57,7 +57,6 @@ class Agent(Server):
         reactors: int = 1,
     ) -> None:
         super().__init__("epochd", folder)
-        self.image = image
         self.arena = arena
         self.level = level
         self._wanted_cpus = cpus
