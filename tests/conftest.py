@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from harness import Daemon, DiskSpec, StorageDaemon, loop_devices
 LOG_LINES = 60
 running: list[Daemon | StorageDaemon] = []
 """Daemons of the test that runs now; their logs are shown when it fails."""
+
+
+def pytest_configure() -> None:
+    """In the background of a shell without job control SIGINT is ignored, and by all that is
+    started from there; the tests interrupt programs that are to end by it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
