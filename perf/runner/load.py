@@ -20,6 +20,7 @@ from .failures import FailedError, MissingError
 from .process import Server, pinned
 
 BLKLOAD = Path(__file__).resolve().parents[1] / "blkload"
+DEATH_SECONDS = 1.0
 PATIENCE_SECONDS = 180.0  # beyond what a run was asked to take
 
 
@@ -130,12 +131,19 @@ class Load:
         self._errors.seek(0)
         text = self._errors.read().decode(errors="replace").strip()
         if status:
-            if self.server is not None:
-                self.server.check()  # its death is the better explanation
+            self._await_death()
             kind = MissingError if status == 3 else FailedError
             raise kind(f"load generator, exit status {status}: {text[-1500:]}")
         self._output.seek(0)
         return parse(json.loads(self._output.read()))
+
+    def _await_death(self) -> None:
+        """The server's death is the better explanation. Its sockets are closed a moment before
+        it can be seen."""
+        deadline = time.monotonic() + DEATH_SECONDS
+        while self.server is not None and time.monotonic() < deadline:
+            self.server.check()
+            time.sleep(0.01)
 
     def close(self) -> None:
         """End it if it still runs."""
