@@ -230,6 +230,22 @@ void bench_end(struct bench *b)
     }
 }
 
+struct bench *bench_new(uint64_t size0, uint64_t size1, int compress_level)
+{
+    struct bench *b = calloc(1, sizeof(*b));
+
+    check(b);
+    bench_start(b, size0, size1, compress_level);
+    return b;
+}
+
+int bench_teardown(void **state)
+{
+    bench_end(*state);
+    free(*state);
+    return 0;
+}
+
 static bool deliverable(const struct memory_disk *m)
 {
     const struct disk_op *op = m->hold ? NULL : m->first;

@@ -84,6 +84,9 @@ void bench_kill(struct bench *b);
 /* As a power cut does, while closed: the arena is new. */
 void bench_forget_arena(struct bench *b);
 void bench_end(struct bench *b);
+/* For a test's fixture: one on the heap, started; and the teardown of a state that is such. */
+struct bench *bench_new(uint64_t size0, uint64_t size1, int compress_level);
+int bench_teardown(void **state);
 
 /* Lets the group run until it waits for something. */
 void bench_settle(struct bench *b);

@@ -3,18 +3,7 @@
 
 static int setup(void **state)
 {
-    struct bench *b = calloc(1, sizeof(*b));
-
-    check(b);
-    bench_start(b, 8u << 20, 8u << 20, 0);
-    *state = b;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    bench_end(*state);
-    free(*state);
+    *state = bench_new(8u << 20, 8u << 20, 0);
     return 0;
 }
 
@@ -216,7 +205,7 @@ static void a_record_of_many_epochs_is_applied_in_order(void **state)
         assert_int_equal(on_disk(b, 8 + i), i);
 }
 
-#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, bench_teardown)
 
 int main(void)
 {

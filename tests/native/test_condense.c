@@ -11,10 +11,8 @@ static uint8_t data[2 * BYTES];     /* what disk 0 must hold */
 
 static int start(void **state, int compress_level)
 {
-    struct bench *b = calloc(1, sizeof(*b));
+    struct bench *b = bench_new(8u << 20, 8u << 20, compress_level);
 
-    check(b);
-    bench_start(b, 8u << 20, 8u << 20, compress_level);
     memset(data, 0, sizeof(data));
     *state = b;
     return 0;
@@ -28,13 +26,6 @@ static int setup(void **state)
 static int setup_packed(void **state)
 {
     return start(state, 1);
-}
-
-static int teardown(void **state)
-{
-    bench_end(*state);
-    free(*state);
-    return 0;
 }
 
 /* A block that shrinks by half. */
@@ -371,8 +362,8 @@ static void a_commit_does_not_wait_for_the_packer(void **state)
 
 int main(void)
 {
-#define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
-#define PACKED(f) {#f "_packed", f, setup_packed, teardown, NULL}
+#define TEST(f) cmocka_unit_test_setup_teardown(f, setup, bench_teardown)
+#define PACKED(f) {#f "_packed", f, setup_packed, bench_teardown, NULL}
     const struct CMUnitTest tests[] = {
         TEST(a_record_has_each_block_once),
         TEST(several_epochs_are_one_state),

@@ -52,18 +52,7 @@ static core_dictionary first, second;
 
 static int setup(void **state)
 {
-    struct bench *b = calloc(1, sizeof(*b));
-
-    check(b);
-    bench_start(b, BLOCKS * BLOCK_BYTES, 1u << 20, 1);
-    *state = b;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    bench_end(*state);
-    free(*state);
+    *state = bench_new(BLOCKS * BLOCK_BYTES, 1u << 20, 1);
     return 0;
 }
 
@@ -244,7 +233,7 @@ static void there_are_so_many_and_no_more(void **state)
     assert_int_equal(dictionary_by_id(d, 60000)->id, 60000);
 }
 
-#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, bench_teardown)
 
 int main(void)
 {

@@ -215,11 +215,9 @@ static void one_step(struct bench *b, struct model *m, struct dice *d)
 static void run_against_the_model(const char *test, int level, uint32_t reactors, uint32_t steps)
 {
     struct dice d = dice_new(test);
-    struct bench *b = calloc(1, sizeof(*b));
-    struct model *m = model_new();
+    struct bench *b = bench_new(SIZE0, SIZE1, level);
 
-    check(b);
-    bench_start(b, SIZE0, SIZE1, level);
+    struct model *m = model_new();
     bench_kill(b);
     b->config.reactors = reactors;
     assert_int_equal(bench_open(b), 0);
@@ -266,18 +264,7 @@ static void reads_follow_the_model_with_two_reactors(void **state)
 
 static int setup(void **state)
 {
-    struct bench *b = calloc(1, sizeof(*b));
-
-    check(b);
-    bench_start(b, 8u << 20, 1u << 20, 1);
-    *state = b;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    bench_end(*state);
-    free(*state);
+    *state = bench_new(8u << 20, 1u << 20, 1);
     return 0;
 }
 
@@ -414,7 +401,7 @@ static void the_newest_write_wins_after_a_kill(void **state)
     }
 }
 
-#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, bench_teardown)
 
 int main(void)
 {

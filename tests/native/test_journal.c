@@ -5,18 +5,7 @@
 
 static int setup(void **state)
 {
-    struct bench *b = calloc(1, sizeof(*b));
-
-    check(b);
-    bench_start(b, 8u << 20, 8u << 20, 1);
-    *state = b;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    bench_end(*state);
-    free(*state);
+    *state = bench_new(8u << 20, 8u << 20, 1);
     return 0;
 }
 
@@ -241,7 +230,7 @@ static void records_wrap_around(void **state)
     assert_true(b->group->journal.head_lsn > 2 * b->group->journal.ring_bytes);
 }
 
-#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, bench_teardown)
 
 int main(void)
 {

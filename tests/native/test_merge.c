@@ -259,23 +259,14 @@ static void what_is_good_is_left_alone(void **state)
 
 static int setup(void **state)
 {
-    struct bench *b = calloc(1, sizeof(*b));
+    struct bench *b = bench_new(BLOCKS * BLOCK_BYTES, 1u << 20, 1);
 
-    check(b);
     memset(version, 0, sizeof(version));
-    bench_start(b, BLOCKS * BLOCK_BYTES, 1u << 20, 1);
     *state = b;
     return 0;
 }
 
-static int teardown(void **state)
-{
-    bench_end(*state);
-    free(*state);
-    return 0;
-}
-
-#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, bench_teardown)
 
 int main(void)
 {

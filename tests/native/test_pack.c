@@ -482,22 +482,11 @@ static void a_commit_ends_packing_in_the_middle(void **state)
 
 static int setup(void **state)
 {
-    struct bench *b = calloc(1, sizeof(*b));
-
-    check(b);
-    bench_start(b, BLOCKS * BLOCK_BYTES, 1u << 20, 1);
-    *state = b;
+    *state = bench_new(BLOCKS * BLOCK_BYTES, 1u << 20, 1);
     return 0;
 }
 
-static int teardown(void **state)
-{
-    bench_end(*state);
-    free(*state);
-    return 0;
-}
-
-#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, bench_teardown)
 
 int main(void)
 {

@@ -5,18 +5,7 @@
 
 static int setup(void **state)
 {
-    struct bench *b = calloc(1, sizeof(*b));
-
-    check(b);
-    bench_start(b, 8u << 20, 8u << 20, 1);
-    *state = b;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    bench_end(*state);
-    free(*state);
+    *state = bench_new(8u << 20, 8u << 20, 1);
     return 0;
 }
 
@@ -463,7 +452,7 @@ static void promote_survives_the_loss_of_a_superblock(void **state)
     assert_int_equal(b->group->generation, 2);
 }
 
-#define ROW(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
+#define ROW(test) cmocka_unit_test_setup_teardown(test, setup, bench_teardown)
 
 int main(void)
 {

@@ -12,11 +12,10 @@ static uint8_t *data;
 
 static int start(void **state, int compress_level)
 {
-    struct bench *b = calloc(1, sizeof(*b));
+    struct bench *b = bench_new(IMAGE_BYTES, 8u << 20, compress_level);
 
     data = malloc(BYTES);
-    check(b && data);
-    bench_start(b, IMAGE_BYTES, 8u << 20, compress_level);
+    check(data);
     bench_kill(b);
     bench_add_spill(b, SPILL_BYTES);
     assert_int_equal(bench_open(b), 0);
@@ -37,10 +36,8 @@ static int setup_packed(void **state)
 
 static int teardown(void **state)
 {
-    bench_end(*state);
-    free(*state);
     free(data);
-    return 0;
+    return bench_teardown(state);
 }
 
 /* Writes as a ring does: what has no room waits until the group has made some. */

@@ -5,21 +5,12 @@
 
 static int setup(void **state)
 {
-    struct bench *b = calloc(1, sizeof(*b));
+    struct bench *b = bench_new(BLOCKS * BLOCK_BYTES, BLOCKS * BLOCK_BYTES, 1);
 
-    check(b);
-    bench_start(b, BLOCKS * BLOCK_BYTES, BLOCKS * BLOCK_BYTES, 1);
     bench_kill(b);
     b->config.reactors = 2;
     assert_int_equal(bench_open(b), 0);
     *state = b;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    bench_end(*state);
-    free(*state);
     return 0;
 }
 
@@ -206,7 +197,7 @@ static void index_memory_is_shared_out(void **state)
                      CORE_INDEX_BYTES_MIN - g->writer[0].index_memory.used);
 }
 
-#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+#define CASE(f) cmocka_unit_test_setup_teardown(f, setup, bench_teardown)
 
 int main(void)
 {
