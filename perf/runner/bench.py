@@ -135,6 +135,14 @@ class Context:
             raise FailedError(f"{result.ios} requests were done of {arguments['ios']}")
         return result
 
+    def random_writes(self, agent: Agent, /, **arguments: object) -> LoadResult:
+        """4 KiB random writes into the open epoch. FailedError when some had to wait for room in
+        the arena: what was timed was not the path."""
+        before = agent.held()
+        result = self.load(agent, agent.socket, rw="randwrite", bs="4k", **arguments)
+        not_held(agent, before)
+        return result
+
     def background(self, server: Server, socket: Path, /, **arguments: object) -> Load:
         """The same while we do something else; use as a context manager."""
         return Load(server, socket, self.options.load_cpus, **arguments)

@@ -12,7 +12,7 @@ from functools import partial
 
 from . import fio, peers, show
 from .agent import Agent
-from .bench import GIB, MIB, Bench, Context, not_held, of_load
+from .bench import GIB, MIB, Bench, Context, of_load
 from .load import job
 from .result import Sample, Target
 
@@ -21,17 +21,7 @@ VHOST_PEERS = ("null", "image", "spdk")
 
 
 def _write_sample(context: Context, agent: Agent, depth: int, ios: int) -> Sample:
-    before = agent.held()
-    result = context.load(
-        agent,
-        agent.socket,
-        rw="randwrite",
-        bs="4k",
-        iodepth=depth,
-        ios=ios,
-        size=IMAGE_BYTES,
-    )
-    not_held(agent, before)
+    result = context.random_writes(agent, iodepth=depth, ios=ios, size=IMAGE_BYTES)
     agent.discard()
     return of_load(result, result.iops)
 
@@ -85,9 +75,7 @@ def write_latency(context: Context) -> None:
     options = job(rw="randwrite", bs="4k", iodepth=1, ios=ios, size=IMAGE_BYTES)
 
     def ours() -> Sample:
-        before = agent.held()
-        result = context.load(agent, agent.socket, **options)
-        not_held(agent, before)
+        result = context.random_writes(agent, iodepth=1, ios=ios, size=IMAGE_BYTES)
         agent.discard()
         return of_load(result, result.latency_ns["p50"] / 1e3)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import fio, show
 from .agent import Agent
-from .bench import GIB, KIB, MIB, Bench, Context, not_held, of_load
+from .bench import GIB, KIB, MIB, Bench, Context, of_load
 from .failures import FailedError, MissingError
 from .load import blocks_of
 from .process import Server
@@ -78,17 +78,7 @@ def settle(agent: Agent) -> dict[str, Any]:
 
 def _write_cost(context: Context, agent: Agent, ios: int, region: int) -> Sample:
     """Nanoseconds a write, at depth 32 in a region."""
-    before = agent.held()
-    result = context.load(
-        agent,
-        agent.socket,
-        rw="randwrite",
-        bs="4k",
-        iodepth=32,
-        ios=ios,
-        size=region,
-    )
-    not_held(agent, before)
+    result = context.random_writes(agent, iodepth=32, ios=ios, size=region)
     return of_load(result, result.seconds * 1e6 / result.ios)
 
 
@@ -259,18 +249,9 @@ def reactors(context: Context) -> None:
     context.trust(two)
 
     def sample(agent: Agent) -> Sample:
-        before = agent.held()
-        result = context.load(
-            agent,
-            agent.socket,
-            rw="randwrite",
-            bs="4k",
-            iodepth=32,
-            bytes=ios * 4 * KIB,
-            size=GIB,
-            socket=agent.disks[1:],
+        result = context.random_writes(
+            agent, iodepth=32, bytes=ios * 4 * KIB, size=GIB, socket=agent.disks[1:]
         )
-        not_held(agent, before)
         agent.discard()
         return of_load(result, result.iops)
 
